@@ -1,0 +1,6 @@
+"""Settings for every test: no network, one seed, few threads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
