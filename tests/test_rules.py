@@ -11,7 +11,20 @@ import torch
 
 from steerguard.errors import RuleError
 from steerguard.rules import (
-    RULES, SHUT, Ablate, Ceiling, Floor, Gate, MeanAblate, Rule, StMP, StTP, SwFC, Target, correct, rule,
+    RULES,
+    SHUT,
+    Ablate,
+    Ceiling,
+    Floor,
+    Gate,
+    MeanAblate,
+    Rule,
+    StMP,
+    StTP,
+    SwFC,
+    Target,
+    correct,
+    rule,
 )  # fmt: skip
 
 

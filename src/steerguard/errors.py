@@ -9,6 +9,7 @@
     │   ├── ContrastError     answers from which no direction can be learnt
     │   │   └── WeakProbe     there are answers, but no direction that reads held-out ones
     │   ├── GuardFileError    a damaged, foreign or hostile guard file
+    │   ├── FitFileError      the same of a file of fitted probes
     │   ├── GuardMismatch     a sound guard, made for another model
     │   └── OutputExists      a file that would be overwritten
     └── SteeringError         steering was asked for and cannot be shown to act
@@ -58,13 +59,17 @@ class GuardFileError(InputError):
     """A guard file that is truncated, oversized, of another format or not what it says it is."""
 
 
+class FitFileError(InputError):
+    """A file of fitted probes that is not there, damaged, or of another format."""
+
+
 class GuardMismatch(InputError):
     """A guard asked to steer a model that it was not made for."""
 
     def __init__(self, message: str, differs: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.differs = differs
-        """The names of what differs; each may be waived by name with `allow_mismatch=`."""
+        """""What differs, by name. All but width and depth may be waived, by name, with `allow_mismatch=`."""""
 
 
 class OutputExists(InputError):

@@ -86,7 +86,7 @@ class Probe:
     evidence: Evidence
 
     def __post_init__(self) -> None:
-        v = np.ascontiguousarray(self.v, dtype=np.float32)
+        v = np.array(self.v, dtype=np.float32)  # a copy: it is made read-only below
         scalars = (self.m, self.mu_pos, self.sigma_pos, self.mu_neg, self.sigma_neg)
         if v.ndim != 1 or not np.isfinite(v).all() or not all(map(math.isfinite, scalars)):
             raise ContrastError(f"probe of layer {self.layer}: v must be a finite vector and its statistics finite")
@@ -295,7 +295,7 @@ def _evidence(
 
 def _auroc(score: npt.NDArray[np.float64], y: npt.NDArray[np.int_]) -> float:
     """Area under the ROC curve by ranks; ties count half."""
-    values, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     n_pos = int(y.sum())
     n_neg = len(y) - n_pos

@@ -66,7 +66,7 @@ class Gate:
     def __post_init__(self) -> None:
         slopes = (self.below_a, self.below_b, self.above_a, self.above_b)
         if not all(map(math.isfinite, slopes)) or math.isnan(self.knee) or math.isnan(self.cap):
-            raise RuleError(f"{self} has a number that a gate cannot have: the four coefficients must be finite, knee and cap not NaN")
+            raise RuleError(f"{self}: the four coefficients of a gate must be finite, its knee and cap not NaN")
 
     def row(self) -> np.ndarray:
         """`[6]` float32, in the order of the fields: one row of a kernel's table."""
@@ -147,7 +147,8 @@ class Rule:
         strength = self.strength
         if strength is None:
             return
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not number or not abs(strength) <= sys.float_info.max:  # NaN, infinities, integers that no float holds
             raise RuleError(f"{self.name}: the strength must be a finite number, got {strength!r}")
         if strength < self.minimum:
             raise RuleError(f"{self.name}: the strength must be at least {self.minimum:g}, got {strength:g}")

@@ -1,0 +1,303 @@
+"""Fitting: from a model and a trait to one probe per layer.
+
+Three steps, each usable alone: `collect` the model's own answers under both poles of every train scenario (a
+`Contrast`, kept in an append-only file so that an interrupted run goes on where it was), `embed` them as the mean
+residual over each answer's tokens at every layer, and fit a probe per layer. `fit` does all three.
+
+Source: arXiv 2604.08169, section 3: pairs are on-policy; one embedding per answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from steerguard import files, probe_file
+from steerguard.backends.base import Backend, Floats, Sampling
+from steerguard.errors import ContrastError, FitFileError, InputError, OutputExists
+from steerguard.files import Malformed, canonical_json
+from steerguard.guard import Guard, Positions
+from steerguard.identity import ModelIdentity, read_identity
+from steerguard.probe import Direction, Probes, fit_probes
+from steerguard.prompts import Message, conversation
+from steerguard.rules import Rule
+from steerguard.traits import Scenario, Trait
+
+CONTRAST, PROBES = "contrast.jsonl", "probes.safetensors"
+"""The files of a fit's folder: the answers as they came, and the probes."""
+SCHEMA = 1
+"""Version of the probes' file."""
+MAX_BYTES = 2**30
+
+Context = Literal["own", "neutral"]
+"""When an answer is read again: under the system prompt that it was given under, or under none."""
+
+Stage = Callable[[str, int, int], None]
+"""Progress of long work: called with (what is being done, done, total)."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The model's own answers to one scenario under both poles."""
+
+    scenario: Scenario
+    positive: str
+    negative: str
+
+    @property
+    def usable(self) -> bool:
+        return bool(self.positive.strip()) and bool(self.negative.strip())
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The model's own answers to the train scenarios under both poles."""
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def digest(self) -> str:
+        "SHA-256 of the scenarios' ids and the answers"
+        rows = [[p.scenario.id, p.positive, p.negative] for p in self.pairs]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+    def usable(self) -> tuple[Pair, ...]:
+        """The pairs in which both answers say something. Raises ContrastError if there are none."""
+        usable = tuple(pair for pair in self.pairs if pair.usable)
+        if not usable:
+            raise ContrastError(
+                f"all {len(self.pairs)} pairs have an empty answer; ask the model one of the scenarios by hand: "
+                "is its chat template right, does it end its turn at once?"
+            )
+        return usable
+
+
+@dataclass(frozen=True, repr=False)
+class Fit(Probes):
+    """One probe per layer, the model that they belong to, and how they came to be."""
+
+    model: ModelIdentity = field(kw_only=True)
+    provenance: Mapping[str, Any] = field(kw_only=True)
+    "JSON values: trait, contrast, sampling, seeds, library versions"
+
+    def guard(self, rule: Rule, layer: int | Sequence[int], *, positions: Positions = "all", name: str | None = None,
+              chosen: Mapping[str, Any] | None = None, allow_weak: bool = False) -> Guard:  # fmt: skip
+        """A guard with this rule on one layer or on several.
+
+        Args:
+            chosen: how the operating point was found, kept in the guard's provenance.
+        """
+        layers = sorted({layer} if isinstance(layer, int) else set(layer))
+        return Guard(
+            name=name or str(self.provenance["trait"]["name"]),
+            probes=tuple(self[i] for i in layers),
+            rule=rule,
+            model=self.model,
+            positions=positions,
+            provenance={**self.provenance, "chosen": dict(chosen) if chosen else {"by": "hand"}},
+            allow_weak=allow_weak,
+        )
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> Path:
+        """Write the probes to `folder/probes.safetensors`, whole or not at all; returns the file's path.
+
+        Raises:
+            OutputExists: the file exists and `overwrite` is not set.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, evidence = probe_file.pack(list(self.values()))
+        record: dict[str, Any] = {
+            "schema": SCHEMA, "layers": list(self), "evidence": evidence, "model": asdict(self.model),
+            "provenance": dict(self.provenance),
+        }  # fmt: skip
+        record["checksum"] = probe_file.checksum(record, tensors)
+        data = files.tensors_to_bytes(tensors, key=_KEY, text=canonical_json(record))
+        return files.write_atomically(folder / PROBES, data, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: Path) -> Fit:
+        """Read what `save` wrote. Raises FitFileError, one sentence with the path, for anything else."""
+        path = folder / PROBES
+        if not path.exists():
+            raise FitFileError(f"there are no fitted probes in {folder}; `steerguard fit MODEL --trait NAME -o {folder}` makes them")
+        tensors, text = files.read_tensors(path, key=_KEY, dtypes=probe_file.DTYPES, limit=MAX_BYTES, error=FitFileError)
+        try:
+            record = probe_file.open_record(text, _RECORD, SCHEMA, tensors)
+            probes = probe_file.unpack(record["layers"], record["evidence"], tensors)
+            by_layer = {probe.layer: probe for probe in probes}
+            return cls(by_layer, model=read_identity(record["model"]), provenance=record["provenance"])
+        except (Malformed, InputError) as error:
+            raise FitFileError(f"{path} holds no probes that can be used: {error}") from error
+
+
+_KEY = "steerguard-probes"
+_RECORD: dict[str, files.Kind] = {
+    "schema": int, "layers": list, "evidence": list, "model": dict, "provenance": dict, "checksum": str,
+}  # fmt: skip
+
+
+def prompts_of(scenario: Scenario) -> tuple[list[Message], list[Message]]:
+    """The scenario as two conversations: under the positive and under the negative system prompt."""
+    return conversation(scenario.positive, scenario.turns), conversation(scenario.negative, scenario.turns)
+
+
+# ------------------------------------------------------------------------------------------------ 1. collect
+
+
+def collect(
+    model: Backend,
+    trait: Trait,
+    *,
+    sampling: Sampling = Sampling(),
+    store: Path | None = None,
+    batch: int = 16,
+    progress: Stage | None = None,
+) -> Contrast:
+    """The model's own answers to every train scenario under both poles.
+
+    Args:
+        store: a JSON-lines file that answers are appended to, batch by batch, and read back from.
+
+    Raises:
+        OutputExists: `store` was written for another trait, model or sampling.
+    """
+    answers = _Store(store, key={"trait": trait.digest, "weights": dict(model.identity.weights), "sampling": asdict(sampling)})
+    todo = [scenario for scenario in trait.train if scenario.id not in answers.kept]
+    for start in range(0, len(todo), batch):
+        _report(progress, "answers under both poles", len(trait.train) - len(todo) + start, len(trait.train))
+        part = todo[start : start + batch]
+        prompts = [prompt for scenario in part for prompt in prompts_of(scenario)]
+        texts = [answer.text for answer in model.generate(prompts, sampling=sampling)]
+        answers.add({s.id: (texts[2 * i], texts[2 * i + 1]) for i, s in enumerate(part)})
+    _report(progress, "answers under both poles", len(trait.train), len(trait.train))
+    return Contrast(tuple(Pair(s, *answers.kept[s.id]) for s in trait.train))
+
+
+class _Store:
+    """Answers by scenario, in an append-only file whose first line says what they are answers to."""
+
+    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
+        self.path, self.kept = path, dict[str, tuple[str, str]]()
+        if path is None:
+            return
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"contrast": key}) + "\n", encoding="utf-8")
+            return
+        head, *lines = path.read_text(encoding="utf-8").split("\n")
+        if _parse(head) != {"contrast": json.loads(json.dumps(key))}:
+            raise OutputExists(f"{path} holds answers of another trait, model or sampling; choose another folder or remove it")
+        whole = [line for line in lines if _parse(line) is not None]
+        self.kept = {row["id"]: (row["positive"], row["negative"]) for row in map(json.loads, whole)}
+        # a line that was cut off in the middle is dropped, so that the next one starts on a line of its own
+        path.write_text("".join(line + "\n" for line in [head, *whole]), encoding="utf-8")
+
+    def add(self, answers: Mapping[str, tuple[str, str]]) -> None:
+        self.kept.update(answers)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                for key, (positive, negative) in answers.items():
+                    row = {"id": key, "positive": positive, "negative": negative}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ 2. embed
+
+
+def embed(
+    model: Backend, contrast: Contrast, *, context: Context = "own", batch: int = 32, progress: Stage | None = None
+) -> tuple[Floats, Floats]:
+    """Answer-averaged residuals of the usable pairs: `[n, layers, d]` float32 for each pole.
+
+    Args:
+        context: `own` reads an answer under the system prompt it was given under; `neutral` under none, so that a
+            probe cannot read the system prompt itself.
+    """
+    if context not in get_args(Context):
+        raise ContrastError(f"there is no context {context!r}; there are {', '.join(get_args(Context))}")
+    usable = contrast.usable()
+    exchanges = []
+    for pair in usable:
+        own = prompts_of(pair.scenario)
+        neutral = conversation(None, pair.scenario.turns)
+        exchanges += [(own[0] if context == "own" else neutral, pair.positive)]
+        exchanges += [(own[1] if context == "own" else neutral, pair.negative)]
+    parts = []
+    for start in range(0, len(exchanges), 2 * batch):
+        _report(progress, "residuals of every layer", start // 2, len(usable))
+        parts.append(model.capture(exchanges[start : start + 2 * batch]))
+    _report(progress, "residuals of every layer", len(usable), len(usable))
+    rows = np.concatenate(parts)
+    return rows[0::2], rows[1::2]
+
+
+# ------------------------------------------------------------------------------------------------ 3. fit
+
+
+def fit(
+    model: Backend,
+    trait: Trait,
+    *,
+    direction: Direction = "logistic",
+    context: Context = "own",
+    sampling: Sampling = Sampling(),
+    contrast: Contrast | None = None,
+    store: Path | None = None,
+    allow_weak: bool = False,
+    progress: Stage | None = None,
+) -> Fit:
+    """One probe per layer, from the model's own answers to the trait's train scenarios.
+
+    Args:
+        contrast: answers that were collected before; collected now if None.
+        store: see `collect`.
+        allow_weak: return probes even if none of them reads held-out answers.
+
+    Raises:
+        ContrastError: too few pairs, or activations that are not finite.
+        WeakProbe: no layer tells the poles apart on held-out answers.
+    """
+    contrast = contrast or collect(model, trait, sampling=sampling, store=store, progress=progress)
+    pos, neg = embed(model, contrast, context=context, progress=progress)
+    usable = contrast.usable()
+    probes = fit_probes(
+        pos, neg,
+        layers=range(pos.shape[1]),
+        scenarios=["\n".join(pair.scenario.turns) for pair in usable],  # variants of one prompt stay on one side of a fold
+        direction=direction, seed=sampling.seed, allow_weak=allow_weak,
+        progress=progress and (lambda done, total: progress("probes", done, total)),
+    )  # fmt: skip
+    provenance = {
+        "trait": {"name": trait.name, "sha256": trait.digest},
+        "contrast": {"sha256": contrast.digest, "pairs": len(usable), "dropped": len(contrast.pairs) - len(usable)},
+        "fit": {"direction": direction, "context": context, "sampling": asdict(sampling)},
+        "versions": versions(),
+    }
+    return Fit(probes.by_layer, model=model.identity, provenance=provenance)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a fit depends on."""
+    return {name: metadata.version(name) for name in ("steerguard", "numpy", "scikit-learn", "torch", "transformers")}
+
+
+def _report(progress: Stage | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)
+
+
+__all__ = ["CONTRAST", "PROBES", "Context", "Contrast", "Fit", "Pair", "Stage", "collect", "embed", "fit"]
