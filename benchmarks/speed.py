@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ import steerguard as sg
 from steerguard.backends.base import Backend, Sampling
 from steerguard.probe import Evidence, Probe
 
-SHAPES = {
-    "qwen3-0.6b": dict(hidden_size=1024, num_hidden_layers=28, intermediate_size=3072, num_attention_heads=16,
-                       num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
-    "qwen3-32b": dict(hidden_size=5120, num_hidden_layers=64, intermediate_size=25600, num_attention_heads=64,
-                      num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False),
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "qwen3-32b": {
+        "hidden_size": 5120, "num_hidden_layers": 64, "intermediate_size": 25600, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -90,11 +95,10 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, floa
     return out
 
 
-def generation(model: Backend, batch: int, tokens: int, n: int, device: str) -> dict[str, dict[str, float]]:
+def generation(model: Any, batch: int, tokens: int, n: int, device: str) -> dict[str, dict[str, float]]:
     """Guarded over unguarded generation of `tokens` tokens for `batch` prompts."""
-    module = model.module  # type: ignore[attr-defined]
-    eos = module.generation_config.eos_token_id
-    module.generation_config.eos_token_id = None  # every arm generates the same number of tokens
+    module = model.module
+    model._engine = replace(model._engine, ends=())  # no end of turn: every arm generates the same number of tokens
     sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
     prompts: list[Any] = [f"Tell me about number {i} and about the river of the town." for i in range(batch)]
     layer = model.identity.depth // 2
@@ -111,10 +115,7 @@ def generation(model: Backend, batch: int, tokens: int, n: int, device: str) -> 
             with additive():
                 model.generate(prompts, sampling=sampling)
         arms["steering-vectors, additive"] = with_additive
-    try:
-        return ratios(rounds(arms, n, device), "unguarded")
-    finally:
-        module.generation_config.eos_token_id = eos
+    return ratios(rounds(arms, n, device), "unguarded")
 
 
 def _guard(model: Backend, layer: int, rule: sg.Rule) -> sg.Guard:
@@ -138,10 +139,25 @@ def capture(model: Backend, answers: int, n: int, device: str) -> dict[str, dict
     text = "The river through the town is old. People have lived beside it for as long as anybody can tell. " * 4
     exchanges: list[Any] = [("How is the river called?", text)] * answers
     arms = {
-        "plain forward": lambda: model.forward_only(exchanges),  # type: ignore[attr-defined]
+        "plain forward": lambda: plain_forward(model, exchanges),
         "capture of all layers": lambda: model.capture(exchanges),
     }
     return ratios(rounds(arms, n, device), "plain forward")
+
+
+def plain_forward(model: Any, exchanges: list[Any]) -> None:
+    """The same batches through the same decoder (no logits), with nothing read from it."""
+    from steerguard.backends.hf_generate import batches
+    from steerguard.backends.hf_read import headless
+    from steerguard.prompts import as_conversation, render
+
+    rendered = [render(model.tokenizer, as_conversation(prompt), answer).ids for prompt, answer in exchanges]
+    body = headless(model.module, model.blocks)
+    for batch in batches([len(ids) for ids in rendered], model.batch_tokens):
+        width = max(len(rendered[i]) for i in batch)
+        padded = torch.tensor([[*rendered[i], *[0] * (width - len(rendered[i]))] for i in batch])
+        with torch.no_grad():
+            body(input_ids=padded.to(model.module.device), use_cache=False)
 
 
 def peak_memory(answers: int) -> float:
@@ -164,6 +180,15 @@ def show(title: str, table: dict[str, dict[str, float]]) -> None:
         print(f"  {name:28s} {r['median']:.3f}   [{r['min']:.3f}, {r['max']:.3f}]")
 
 
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["organism", "qwen3-0.6b"], choices=["organism", *SHAPES])
@@ -174,7 +199,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    where = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"{processor()}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if args.device != "cpu" else cpu
     print(f"torch {torch.__version__}, {where}, {args.dtype}; ratios: median of {args.rounds} rounds [min, max]")
     results: dict[str, Any] = {}
     for shape in args.shape:

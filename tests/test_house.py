@@ -18,7 +18,7 @@ ORDER = [
     "backends.base", "backends", "metrics", "scorers", "fitting", "sweeping", "checking", "report", "organism", "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
-NUMPY_ONLY = ORDER[: ORDER.index("layers")] + ["metrics", "scorers"]
+NUMPY_ONLY = [*ORDER[: ORDER.index("layers")], "metrics", "scorers"]
 """Modules that must not import torch or transformers, not even late."""
 RULE_NAMES = ("SwFC", "StTP", "StMP", "MeanAblate")
 MAY_NAME_RULES = ("rules", "__init__", "sweeping", "organism", "cli", "report", "backends.proof")
@@ -115,6 +115,7 @@ def test_import_is_fast_and_brings_nothing_heavy() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    code = "import sys; sys.argv = ['steerguard', '--help']\nfrom steerguard.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['steerguard', '--help']\nfrom steerguard.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
     assert _seconds("-c", code) < 1.5

@@ -94,6 +94,13 @@ def test_noise_is_weak_in_nearly_every_draw() -> None:
     assert sum(weak) == 25
 
 
+def test_few_scenarios_cannot_make_noise_look_like_a_trait() -> None:
+    """Eight scenarios, the fewest that are admitted: a bootstrap alone would let one draw in five through."""
+    draws = [fit_probe(*(x[:, 0] for x in clouds(0.0, s, n=8)), layer=0, groups=np.arange(8)).evidence for s in range(60)]
+    assert sum(e.weak for e in draws) >= 58
+    assert sum(e.auroc > 0.7 for e in draws) > 2  # which is no great evidence with so few
+
+
 def test_scenarios_never_stand_on_two_sides_of_a_fold() -> None:
     """A scenario's answers repeat exactly: leaking them between folds would make noise look perfect."""
     pos, neg = clouds(0.0, n=12)

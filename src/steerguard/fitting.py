@@ -126,7 +126,8 @@ class Fit(Probes):
         """Read what `save` wrote. Raises FitFileError, one sentence with the path, for anything else."""
         path = folder / PROBES
         if not path.exists():
-            raise FitFileError(f"there are no fitted probes in {folder}; `steerguard fit MODEL --trait NAME -o {folder}` makes them")
+            step = f"`steerguard fit MODEL --trait NAME -o {folder}` makes them"
+            raise FitFileError(f"there are no fitted probes in {folder}; {step}")
         tensors, text = files.read_tensors(path, key=_KEY, dtypes=probe_file.DTYPES, limit=MAX_BYTES, error=FitFileError)
         try:
             record = probe_file.open_record(text, _RECORD, SCHEMA, tensors)

@@ -23,7 +23,7 @@ class ModelIdentity:
     """Which model a guard was made for. Cheap to take on 70B."""
 
     name: str
-    "hub name or folder name; for people, never compared"
+    "hub name or folder, as it was given to `load`; for people and for loading it again, never compared"
     architecture: str
     "configuration's first architecture, such as LlamaForCausalLM"
     width: int

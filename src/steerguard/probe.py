@@ -46,7 +46,7 @@ class Evidence:
     "area under the ROC curve of out-of-fold projections; folds share no scenario"
     auroc_low: float
     auroc_high: float
-    "95 % interval of auroc, bootstrap over scenarios"
+    """95 % interval of auroc, bootstrap over scenarios; the lower end is held to what so many independent pairs can show"""
     cohens_d: float
     "(mu_pos - mu_neg) / pooled standard deviation of the out-of-fold projections"
     split_half: float
@@ -180,7 +180,7 @@ def fit_probes(
     if n_groups < MIN_PAIRS:
         raise ContrastError(f"{n_groups} scenarios have answers under both poles; a probe needs at least {MIN_PAIRS}")
     for name, x in (("positive", pos), ("negative", neg)):
-        bad = sorted({layers[i] for i in np.nonzero(~np.isfinite(x).all(axis=(0, 2)))[0]})
+        bad = [layer for i, layer in enumerate(layers) if not np.isfinite(x[:, i]).all()]
         if bad:
             raise ContrastError(
                 f"activations of the {name} answers are not finite at layers {ranges(bad)}; "
@@ -210,8 +210,8 @@ def fit_probe(
     y = np.repeat([1, 0], [len(pos), len(neg)])
     group = np.concatenate([groups, groups])
     # 1. the direction and its boundary, on all answers
-    v, m = _direction(x, y, direction)
-    v = v.astype(np.float32)
+    w, m = _direction(x, y, direction)
+    v = w.astype(np.float32)
     rho = x @ v.astype(np.float64)
     # 2. the statistics that rules need
     on_pos, on_neg = rho[y == 1], rho[y == 0]
@@ -278,14 +278,15 @@ def _evidence(
         drawn = np.concatenate([rows[g] for g in rng.integers(n_groups, size=n_groups)])
         boots.append(_auroc(held_out[drawn], y[drawn]))
     low, high = np.quantile(boots, [0.025, 0.975])
-    # A bootstrap of perfect separation has no width; n answers cannot show more than this (rule of three).
-    low = min(float(low), 1 - 3 / max(len(y), 4)) if auroc == 1.0 else float(low)
+    # A bootstrap of few scenarios is too narrow, and one of perfect separation has no width at all: the lower end is no
+    # higher than the normal interval of as many independent pairs gives, nor than what the rule of three allows.
+    low = min(float(low), auroc - 1.96 * _standard_error(auroc, n_groups), 1 - 3 / len(y))
     # 3. effect size, stability, agreement with the mean difference
     pos, neg = held_out[y == 1], held_out[y == 0]
     pooled = math.sqrt((pos.var(ddof=1) + neg.var(ddof=1)) / 2)
     mean_difference = _direction(x, y, "mean-difference")[0]
     return Evidence(
-        auroc=auroc, auroc_low=low, auroc_high=float(high),
+        auroc=auroc, auroc_low=max(low, 0.0), auroc_high=float(high),
         cohens_d=float((pos.mean() - neg.mean()) / pooled) if pooled > 0 else 0.0,
         split_half=_split_half(x, y, group, kind, rng),
         cosine_mean_difference=float(v.astype(np.float64) @ mean_difference),
@@ -300,6 +301,12 @@ def _auroc(score: npt.NDArray[np.float64], y: npt.NDArray[np.int_]) -> float:
     n_pos = int(y.sum())
     n_neg = len(y) - n_pos
     return float((rank[y == 1].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def _standard_error(auroc: float, n: int) -> float:
+    """Of the AUROC of n independent pairs. Source: Hanley and McNeil, 1982."""
+    q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    return math.sqrt((auroc * (1 - auroc) + (n - 1) * (q1 + q2 - 2 * auroc**2)) / n**2)
 
 
 def _split_half(

@@ -27,7 +27,7 @@ _EVIDENCE: dict[str, files.Kind] = {f.name: int if f.name.startswith("n_") else 
 def pack(probes: Sequence[Probe]) -> tuple[Tensors, list[dict[str, int | float]]]:
     """Probes as tensors, and the evidence of each as JSON values."""
     statistics = [[getattr(probe, key) for key in STATISTICS] for probe in probes]
-    tensors = {"v": np.stack([probe.v for probe in probes]), "statistics": np.array(statistics, dtype=np.float64)}
+    tensors: Tensors = {"v": np.stack([probe.v for probe in probes]), "statistics": np.array(statistics, dtype=np.float64)}
     return tensors, [{key: _number(x) for key, x in asdict(probe.evidence).items()} for probe in probes]
 
 

@@ -28,6 +28,9 @@ Conversation = Sequence[Message]
 Prompt = str | Conversation
 """What may be asked of a model: a user's text, or a whole conversation."""
 
+Reply = str | Sequence[int]
+"""An answer that is read again: its text, or its tokens (a text need not give its own tokens again)."""
+
 
 def conversation(system: str | None, turns: Sequence[str]) -> list[Message]:
     """Messages of a system prompt and turns that alternate user, assistant, user, ..."""
@@ -61,7 +64,7 @@ class Rendered:
     "position of the first token of the answer (the prompt's length where there is no answer yet)"
 
 
-def render(tokenizer: Any, messages: Conversation, answer: str | None = None) -> Rendered:
+def render(tokenizer: Any, messages: Conversation, answer: Reply | None = None) -> Rendered:
     """Render a conversation with the model's own chat template, up to where the answer begins or through the answer.
 
     The answer's tokens are appended to the prompt's, so that positions are those that generation saw, whatever the
@@ -82,5 +85,6 @@ def render(tokenizer: Any, messages: Conversation, answer: str | None = None) ->
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise PromptError("the conversation renders to no tokens at all")
-    tail = () if answer is None else tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    return Rendered(ids + tail, len(ids))
+    if isinstance(answer, str):
+        answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return Rendered(ids + tuple(answer or ()), len(ids))

@@ -27,7 +27,6 @@ from steerguard.scorers import Scorer, scorer_for
 from steerguard.traits import Scenario, Trait
 
 PAPER_RULES = ("SwFC", "StTP", "StMP")
-SWEEPING = "settings steered and scored"
 COHERENCE_KEPT = 0.9
 """A setting is eligible if its coherence is at least this share of the aligned baseline's."""
 
@@ -98,6 +97,9 @@ class Sweep:
     aligned: Figures
     malicious: Figures
     points: Mapping[Setting, Figures]
+    "the settings that answered all scenarios"
+    tried: int
+    "how many settings answered any"
     best: Mapping[str, Setting]
     "rule name -> its operating point"
     refused: Mapping[str, str]
@@ -116,7 +118,7 @@ class Sweep:
         figures = self.points[setting]
         return setting.guard(
             self.probes,
-            by="sweep", split="select", n=figures.n, settings=len(self.points),
+            by="sweep", split="select", n=figures.n, settings=self.tried,
             trait=figures.trait, coherence=figures.coherence,
             aligned={"trait": self.aligned.trait, "coherence": self.aligned.coherence},
             malicious={"trait": self.malicious.trait, "coherence": self.malicious.coherence},
@@ -159,6 +161,8 @@ def sweep(
     scenarios: Sequence[Scenario] | None = None,
     scorer: Scorer | None = None,
     sampling: Sampling = Sampling(),
+    screen: int | None = None,
+    finalists: int = 4,
     rows: int = 256,
     progress: Stage | None = None,
 ) -> Sweep:
@@ -167,6 +171,8 @@ def sweep(
     Args:
         settings: the grid; by default the paper's rules and strengths on every layer.
         scenarios: by default the trait's `select` split.
+        screen: if given, every setting answers only so many of the scenarios, and each rule's best `finalists` answer
+            them all. Faster, and it may miss a point that the whole grid would have found.
         rows: answers that are generated at a time.
 
     Raises:
@@ -181,16 +187,37 @@ def sweep(
         Figures.of(scorer, scenarios, model.generate([prompts_of(s)[pole] for s in scenarios], sampling=sampling))
         for pole in (0, 1)
     )
-    points: dict[Setting, Figures] = {}
-    per_batch = max(1, rows // len(scenarios))
-    for start in range(0, len(settings), per_batch):
-        _progress(progress, SWEEPING, start, len(settings))
-        part = settings[start : start + per_batch]
-        answers = _answer_all(model, scenarios, [s.guard(probes) for s in part], sampling)
-        points |= {s: Figures.of(scorer, scenarios, a) for s, a in zip(part, answers, strict=True)}
-    _progress(progress, SWEEPING, len(settings), len(settings))
+
+    def steered(tried: Sequence[Setting], asked: Sequence[Scenario], what: str) -> dict[Setting, Figures]:
+        """The figures of settings on scenarios, many settings in one batch."""
+        points: dict[Setting, Figures] = {}
+        per_batch = max(1, rows // len(asked))
+        for start in range(0, len(tried), per_batch):
+            _progress(progress, what, start, len(tried))
+            part = tried[start : start + per_batch]
+            answers = _answer_all(model, asked, [s.guard(probes) for s in part], sampling)
+            points |= {s: Figures.of(scorer, asked, a) for s, a in zip(part, answers, strict=True)}
+        _progress(progress, what, len(tried), len(tried))
+        return points
+
+    # strongest last: settings that ramble share a batch, and the others need not wait for them
+    ordered = sorted(settings, key=lambda s: s.rule.grid.index(s.rule.strength) if s.rule.strength in s.rule.grid else 0)
+    tried = len(ordered)
+    if screen is not None and screen < len(scenarios):
+        ordered = _finalists(steered(ordered, scenarios[:screen], "settings steered and screened"), aligned, finalists)
+    points = steered(ordered, scenarios, "settings steered and scored")
     best, refused = choose(points, aligned)
-    return Sweep(probes, aligned, malicious, points, best, refused)
+    return Sweep(probes, aligned, malicious, points, tried, best, refused)
+
+
+def _finalists(points: Mapping[Setting, Figures], aligned: Figures, n: int) -> list[Setting]:
+    """Each rule's best n settings: those with enough coherence first, then by trait, then by the smaller shift."""
+    bar = COHERENCE_KEPT * (aligned.coherence or 0.0)
+    out: list[Setting] = []
+    for name in dict.fromkeys(s.rule.name for s in points):
+        own = [s for s in points if s.rule.name == name]
+        out += sorted(own, key=lambda s: ((points[s].coherence or 0.0) >= bar, *_rank(points[s])), reverse=True)[:n]
+    return out
 
 
 def choose(points: Mapping[Setting, Figures], aligned: Figures) -> tuple[dict[str, Setting], dict[str, str]]:
@@ -229,7 +256,7 @@ def compare(
         _progress(progress, "test scenarios", done, len(plan))
         prompts: list[Prompt] = [prompts_of(s)[pole] for s in scenarios]
         answers = tuple(model.generate(prompts, guards=guard, sampling=sampling, trace=trace))
-        setting = guard and Setting(guard.rule, guard.probes[0].layer, guard.positions)
+        setting = None if guard is None else Setting(guard.rule, guard.layers[0], guard.positions)
         arms.append(Arm(name, setting, Figures.of(scorer, scenarios, answers), answers))
     _progress(progress, "test scenarios", len(plan), len(plan))
     return arms

@@ -1,0 +1,251 @@
+"""The command line: `steerguard demo | fit | build | ask | show | check`.
+
+What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
+under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once.
+
+Exit status: 0 done, 1 a guard does not steer, 2 the input cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerguard.errors import InputError, OutputExists, SteerguardError
+
+if TYPE_CHECKING:
+    from steerguard.backends.base import Backend, Sampling
+    from steerguard.guard import Guard
+
+app = typer.Typer(
+    name="steerguard",
+    help="Activation steering of language models as a runtime defence (arXiv 2604.08169).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="hub name or local folder; `organism` is the bundled model")]
+GuardPath = Annotated[Path, typer.Argument(metavar="GUARD", help="a .guard file")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="hub name or folder; by default the guard's own model")]
+Allow = Annotated[
+    list[str],
+    typer.Option("--allow-mismatch", help="a difference to waive: architecture, weights, tokenizer or chat_template"),
+]
+BackendName = Annotated[str, typer.Option(help="hf (transformers) or fake (numpy, Llama only)")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+DeviceMap = Annotated[str | None, typer.Option(help="where the weights go: auto, cpu, cuda, cuda:1, ...")]
+Quantization = Annotated[str | None, typer.Option(help="8bit or 4bit")]
+Positions = Annotated[str, typer.Option(help="all (prompt and answer) or response (answer only)")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
+TopP = Annotated[float, typer.Option(min=0, max=1)]
+Seed = Annotated[int, typer.Option(min=0)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the guard files")] = Path("steerguard-demo"),
+    json: Annotated[Path | None, typer.Option(help="also write every figure to this file")] = None,
+    picture: Annotated[Path | None, typer.Option(help="also draw an example of each trait to this SVG file")] = None,
+    traits: Annotated[list[str], typer.Option("--trait", help="honesty, compassion; both by default")] = [],  # noqa: B006
+) -> None:
+    """Fit, search and test guards on the bundled model: the whole line in about three minutes on a laptop."""
+    from steerguard.organism import demo as organism_demo
+    from steerguard.report import terminal
+
+    with _progress() as progress:
+        result = organism_demo.run(out, traits=traits or list(organism_demo.TRAITS), progress=progress)
+    terminal.show_demo(result)
+    if json is not None:
+        from steerguard.files import write_json
+
+        write_json(json, result.figures(), overwrite=True)
+        terminal.note(f"figures: {json}")
+    if picture is not None:
+        terminal.draw_examples(result, picture)
+        terminal.note(f"picture: {picture}")
+
+
+@app.command()
+def fit(
+    model: ModelName,
+    trait: Annotated[str, typer.Option("--trait", "-t", help="a bundled trait, or a folder with one of yours")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the answers and the probes")],
+    direction: Annotated[str, typer.Option(help="logistic (the paper's) or mean-difference")] = "logistic",
+    context: Annotated[str, typer.Option(help="own: read answers under their system prompt; neutral: under none")] = "own",
+    allow_weak: Annotated[bool, typer.Option("--allow-weak", help="keep probes that read nothing held out")] = False,
+    temperature: Temperature = 0.6, top_p: TopP = 0.9, seed: Seed = 42, max_new_tokens: MaxNewTokens = 1024,
+    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Learn one direction per layer from the model's own answers under both poles of a trait.
+
+    Interrupted, it goes on where it was: the answers are kept in the folder as they come.
+    """
+    from steerguard import fitting
+    from steerguard.report import terminal
+    from steerguard.traits import trait as find_trait
+
+    if (out / fitting.PROBES).exists() and not overwrite:
+        raise OutputExists(f"{out / fitting.PROBES} exists; choose another folder with -o, or pass --overwrite")
+    chosen = find_trait(trait)
+    sampling = _sampling(temperature, top_p, seed, max_new_tokens)
+    loaded = _load(model, backend, dtype=dtype, device_map=device_map, quantization=quantization)
+    with _progress() as progress:
+        probes = fitting.fit(
+            loaded, chosen, direction=direction, context=context, sampling=sampling,  # type: ignore[arg-type]
+            store=out / fitting.CONTRAST, allow_weak=allow_weak, progress=progress,
+        )  # fmt: skip
+    probes.save(out, overwrite=True)
+    terminal.show_fit(probes, out)
+
+
+@app.command()
+def build(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `steerguard fit` wrote")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the guard file")],
+    layer: Annotated[list[int], typer.Option("--layer", "-l", help="steered layer, 0 the first; repeat for several")],
+    rule: Annotated[str, typer.Option("--rule", "-r", help="SwFC, StTP, StMP, Floor, Ceiling, Target, ...")] = "StTP",
+    strength: Annotated[float | None, typer.Option("--strength", "-a", help="alpha (tau for Floor and Ceiling)")] = None,
+    positions: Positions = "all",
+    name: Annotated[str | None, typer.Option(help="what a server calls the guard; by default the trait's name")] = None,
+    allow_weak: Annotated[bool, typer.Option("--allow-weak", help="accept a layer whose probe reads nothing held out")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a guard file by hand from fitted probes: this rule, this strength, these layers."""
+    from steerguard import rules
+    from steerguard.fitting import Fit
+    from steerguard.report import terminal
+
+    probes = Fit.load(folder)
+    guard = probes.guard(rules.rule(rule, strength), layer, positions=positions, name=name, allow_weak=allow_weak)  # type: ignore[arg-type]
+    guard.save(out, overwrite=overwrite)
+    terminal.note(f"{guard}\n{out}: try `steerguard check {out}`, then `steerguard ask {out} \"...\"`")
+
+
+@app.command()
+def show(guard: GuardPath) -> None:
+    """What is in a guard file: from what data, for which model, how chosen."""
+    from steerguard.guard import Guard
+    from steerguard.report import terminal
+
+    terminal.show_guard(Guard.load(guard))
+
+
+@app.command()
+def ask(
+    guard: GuardPath,
+    question: Annotated[str, typer.Argument(help="what to ask; `-` reads it from standard input")],
+    system: Annotated[str | None, typer.Option(help="the system prompt, such as a malicious one")] = None,
+    model: ModelOption = None, allow_mismatch: Allow = [],  # noqa: B006
+    temperature: Temperature = 0.6, top_p: TopP = 0.9, seed: Seed = 42, max_new_tokens: MaxNewTokens = 1024,
+    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+) -> None:  # fmt: skip
+    """Both answers to one question: unguarded and guarded, each token by its projection."""
+    from steerguard.prompts import conversation
+    from steerguard.report import terminal
+
+    text = sys.stdin.read().strip() if question == "-" else question.strip()
+    if not text:
+        raise InputError('the question is empty; ask something, for example: steerguard ask honesty.guard "Who founded it?"')
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
+    loaded_guard, loaded = _open(guard, model, allow_mismatch, backend, **options)
+    sampling = _sampling(temperature, top_p, seed, max_new_tokens)
+    prompt = conversation(system, [text])
+    unguarded = loaded.generate(prompt, sampling=sampling)[0]
+    guarded = loaded.generate(prompt, guards=loaded_guard, sampling=sampling, trace=True)[0]
+    terminal.show_answers(loaded, loaded_guard, unguarded, guarded)
+
+
+@app.command()
+def check(
+    guard: GuardPath,
+    model: ModelOption = None, allow_mismatch: Allow = [],  # noqa: B006
+    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    json: Annotated[Path | None, typer.Option(help="also write the result to this file")] = None,
+) -> None:  # fmt: skip
+    """Is it really steering? Exit 1 if not."""
+    from steerguard import checking
+    from steerguard.report import terminal
+
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
+    loaded_guard, loaded = _open(guard, model, allow_mismatch, backend, **options)
+    report = checking.check(loaded, loaded_guard)
+    terminal.show_check(report)
+    if json is not None:
+        from steerguard.files import write_json
+
+        write_json(json, report.as_dict(), overwrite=True)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ shared
+
+
+def _load(name: str, backend: str, **options: Any) -> Backend:
+    from steerguard.backends import load
+    from steerguard.report import terminal
+
+    with terminal.loading(name):
+        return load(name, backend=backend, **{k: v for k, v in options.items() if v not in (None, "auto")})
+
+
+def _open(path: Path, model: str | None, allow_mismatch: list[str], backend: str, **options: Any) -> tuple[Guard, Backend]:
+    """A guard and the model it is asked to steer; refused if they do not belong together."""
+    from steerguard.guard import Guard
+
+    guard = Guard.load(path)
+    loaded = _load(model or guard.model.name, backend, **options)
+    return guard.for_model(loaded.identity, allow_mismatch=tuple(allow_mismatch)), loaded
+
+
+def _sampling(temperature: float, top_p: float, seed: int, max_new_tokens: int) -> Sampling:
+    from steerguard.backends.base import Sampling
+
+    return Sampling(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    from steerguard.report import terminal
+
+    with terminal.progress() as report:
+        yield report
+
+
+def main() -> None:
+    """The entry point: what went wrong becomes one sentence, never a traceback."""
+    interrupted = "interrupted; what was finished is kept, the same command goes on from there"
+    try:
+        status = app(standalone_mode=False)
+        if status == 130:  # how typer reports Ctrl-C
+            _told(interrupted, 130)
+    except SteerguardError as error:
+        status = _told(str(error), 2 if isinstance(error, InputError) else 1)
+    except typer.TyperException as error:  # a wrong option or argument
+        status = _told(f"{error}; try --help", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _told(interrupted, 130)
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    raise SystemExit(status or 0)
+
+
+def _told(sentence: str, status: int) -> int:
+    print(f"steerguard: {sentence}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reports: what was measured, shown to people. This wing formats figures and computes none."""

@@ -1,0 +1,262 @@
+"""The terminal: progress on standard error, results on standard output.
+
+It works in a pipe: without a terminal there are no colours and no moving bars, and moved tokens stand in brackets.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from steerguard.backends.base import Answer, Backend, Floats
+    from steerguard.checking import CheckReport
+    from steerguard.fitting import Fit
+    from steerguard.guard import Guard
+    from steerguard.organism.demo import DemoResult, Example, Tokens, TraitResult
+    from steerguard.sweeping import Arm
+
+PLAIN_WIDTH = 100
+
+
+@cache
+def _out() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH, soft_wrap=False)
+
+
+@cache
+def _err() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """A line of result."""
+    _out().print(Text(text))
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """A model is being loaded; transformers' own bars show how far, on a terminal only."""
+    _err().print(f"loading {name} ...", markup=False)
+    if not _err().is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    yield
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that is told (what, done, total): bars on a terminal, a line per finished step elsewhere."""
+    if not _err().is_terminal:
+        yield _lines
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err(), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _lines(what: str, done: int, total: int) -> None:
+    if done == total:
+        _err().print(f"{what}: {total}")
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def coloured(
+    tokens: Sequence[str], rho: Floats, moved: Sequence[bool], *, boundary: float, spread: float, plain: bool | None = None
+) -> Text:
+    """Tokens coloured by their projection: red below the boundary, green above; moved ones underlined.
+
+    Args:
+        rho: `[tokens]` projections before correction.
+        spread: the distance from the boundary at which the colour is full, in units of the residual stream.
+        plain: brackets instead of colours; by default where standard output is no terminal.
+    """
+    text = Text()
+    plain = not _out().is_terminal if plain is None else plain
+    for i, token in enumerate(tokens):
+        if plain and moved[i]:
+            lead = len(token) - len(token.lstrip())
+            text.append(f"{token[:lead]}[{token[lead:]}]")
+        else:
+            text.append(token, style=_colour((float(rho[i]) - boundary) / max(spread, 1e-9)) + (" underline" if moved[i] else ""))
+    return text
+
+
+def _colour(x: float) -> str:
+    """A shade for -1 (full red) .. 0 (grey) .. 1 (full green)."""
+    x = max(-1.0, min(1.0, x))
+    strength = abs(x)
+    base, far = np.array([150, 150, 150]), np.array([220, 60, 60]) if x < 0 else np.array([40, 170, 90])
+    red, green, blue = (base + (far - base) * strength).astype(int)
+    return f"rgb({red},{green},{blue})"
+
+
+def answer_text(model: Backend, answer: Answer, guard: Guard) -> Text:
+    """A traced answer with its tokens coloured by the projection on the guard's first probe."""
+    probe = guard.probes[0]
+    trace = answer.traces[0]
+    start = len(answer.prompt_ids)
+    rho, delta = trace.rho[start:], trace.delta[start:]
+    tokens = model.pieces(answer.ids)[: len(rho)]
+    body = coloured(tokens, rho, [bool(d) for d in delta], boundary=probe.m, spread=probe.delta_mu)
+    rest = answer.text[len("".join(tokens)) :]
+    return body.append(rest) if rest and answer.finished == "length" else body
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def show_answers(model: Backend, guard: Guard, unguarded: Answer, guarded: Answer) -> None:
+    """What `ask` prints."""
+    moved = f"{guarded.tokens_moved} of {guarded.tokens_seen} tokens moved"
+    console = _out()
+    console.print(Text("unguarded", style="bold"))
+    console.print(Text(unguarded.text), "", sep="\n")
+    console.print(Text.assemble(("guarded", "bold"), f"  {guard.rule} at {_layers(guard)}, {guard.positions} positions: {moved}"))
+    console.print(answer_text(model, guarded, guard))
+
+
+def show_fit(probes: Fit, folder: Path) -> None:
+    """What `fit` prints: the evidence of every layer."""
+    table = Table(title=f"{probes.provenance['trait']['name']}: held-out evidence by layer", title_justify="left")
+    for column in ("layer", "AUROC", "95 % interval", "Cohen's d", "split-half cosine", "cosine with mean difference", ""):
+        table.add_column(column, justify="right")
+    for layer, probe in probes.items():
+        e = probe.evidence
+        table.add_row(
+            str(layer), f"{e.auroc:.3f}", f"{e.auroc_low:.3f} - {e.auroc_high:.3f}", f"{e.cohens_d:.2f}",
+            f"{e.split_half:.2f}", f"{e.cosine_mean_difference:.2f}", "weak" if e.weak else "",
+        )  # fmt: skip
+    _out().print(table)
+    dropped = probes.provenance["contrast"]["dropped"]
+    if dropped:
+        note(f"{dropped} pairs were left out: an answer was empty")
+    note(f"probes and answers: {folder}")
+    note("where a trait reads best is not where steering works best: try layers about the middle, for example")
+    note(f"  steerguard build {folder} --layer {len(probes) // 2} --rule StTP --strength 12 -o guard.guard")
+
+
+def show_guard(guard: Guard) -> None:
+    """What `show` prints."""
+    _out().print(guard.describe(), markup=False)
+
+
+def show_check(report: CheckReport) -> None:
+    """What `check` prints: each check, and the verdict."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for item in report.findings:
+        table.add_row(Text("pass", "green") if item.passed else Text("FAIL", "bold red"), item.check, Text(item.detail))
+    _out().print(table)
+    verdict = "the guard is steering" if report.passed else "the guard is NOT steering as it should"
+    _out().print(Text(verdict, "bold green" if report.passed else "bold red"))
+
+
+def show_demo(result: DemoResult) -> None:
+    """What `demo` prints."""
+    for trait in result.traits:
+        _out().print(_trait_table(trait), "", sep="\n")
+    for trait in result.traits:
+        for example in trait.examples:
+            _out().print(_example(example))
+    for refusal in result.refused:
+        note(refusal)
+    note(f"all of it in {result.seconds:.0f} s; guard files:")
+    for path in result.guards:
+        note(f"  {path}")
+    note(f"next: steerguard show {result.guards[0]}" if result.guards else "no guard was written")
+
+
+def draw_examples(result: DemoResult, path: Path) -> None:
+    """The first example of each trait as an SVG picture, for a page; fonts are the reader's own, nothing is fetched."""
+    console = Console(record=True, width=132, file=StringIO(), force_terminal=True, color_system="truecolor", highlight=False)
+    for trait in result.traits:
+        for example in trait.examples[:1]:
+            console.print(_example(example, plain=False))
+    svg_format = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(console.export_svg(title="steerguard demo", code_format=svg_format), encoding="utf-8")
+
+
+def _trait_table(trait: TraitResult) -> Table:
+    title = f"{trait.name}, {trait.arms[0].figures.n} held-out scenarios (test split)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("operating point")
+    for column in ("trait", "recovered", "coherence", "capability", "repetition", "tokens moved"):
+        table.add_column(column, justify="right")
+    for arm in trait.arms:
+        f = arm.figures
+        table.add_row(
+            arm.name, "" if arm.setting is None else str(arm.setting), number(f.trait), percent(trait.recovered(arm)),
+            number(f.coherence), number(trait.capability.get(arm.name)), f"{f.repetition:.3f}", _moved(arm),
+        )  # fmt: skip
+    return table
+
+
+def _moved(arm: Arm) -> str:
+    return "" if arm.setting is None else f"{100 * arm.figures.moved:.0f} %"
+
+
+def number(value: float | None) -> str:
+    return "unscored" if value is None else f"{value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} %"
+
+
+def _example(example: Example, *, plain: bool | None = None) -> RenderableType:
+    """One conversation side by side: the system prompt and the question above three answers."""
+    head = Text.assemble(("system  ", "bold"), example.system, "\n", ("user    ", "bold"), example.question)
+    answers = Table.grid(padding=(0, 2), expand=True)
+    for _ in example.answers:
+        answers.add_column(ratio=1)
+    answers.add_row(*(Text(name, "bold") for name, _ in example.answers))
+    answers.add_row(*(_cell(text, tokens, plain) for _, (text, tokens) in example.answers))
+    return Panel(Group(head, "", answers), title=example.title, title_align="left")
+
+
+def _cell(text: str, tokens: Tokens | None, plain: bool | None) -> Text:
+    if tokens is None:
+        return Text(text)
+    return coloured(tokens.pieces, tokens.rho, tokens.moved, boundary=tokens.m, spread=tokens.spread, plain=plain)
+
+
+def _layers(guard: Guard) -> str:
+    layers = [str(p.layer) for p in guard.probes]
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(layers)}"

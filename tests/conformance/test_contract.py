@@ -1,0 +1,55 @@
+"""One suite for every registered backend. A backend that is added to the registry is judged here by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import contract_effect  # noqa: F401 -- fills CONTRACT
+import contract_generate  # noqa: F401
+import pytest
+from bench import CONTRACT, Bench
+
+from conftest import ORGANISM
+from steerguard.backends import backends, load
+from steerguard.backends.base import Backend
+from steerguard.errors import ModelError
+
+MODELS = [
+    "tiny",
+    "tied",
+    pytest.param(
+        "organism",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not (ORGANISM / "config.json").is_file(), reason="not trained yet"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+@pytest.fixture(scope="module", params=list(backends()))
+def bench(request: pytest.FixtureRequest, folder: Path) -> Bench:
+    return Bench(load(folder, backend=request.param), folder)
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+def test_contract(bench: Bench, check: str) -> None:
+    CONTRACT[check](bench)
+
+
+def test_a_backend_has_the_protocols_methods(bench: Bench) -> None:
+    assert isinstance(bench.model, Backend)
+    assert bench.model.name in backends()
+
+
+@pytest.mark.parametrize("name", list(backends()))
+def test_what_is_no_model_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchThing"], "model_type": "nothing"}')
+    for place in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ModelError):
+            load(place, backend=name)

@@ -1,0 +1,135 @@
+"""Choosing an operating point: planted figures, and a sweep on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import steerguard as sg
+import tiny
+from steerguard.backends import load
+from steerguard.errors import InputError, RuleError
+from steerguard.fitting import Contrast, Fit, fit
+from steerguard.scorers import UNSCORED, Asked, Score
+from steerguard.sweeping import Figures, Setting, Sweep, choose, compare, gap_recovered, grid, sweep
+from test_fitting import SHORT, TRAIT
+
+ALIGNED = Figures(trait=95.0, coherence=100.0, repetition=0.0, moved=0.0, shift=0.0, n=10, unscored=0)
+
+
+def figures(trait: float | None, coherence: float | None, shift: float = 1.0) -> Figures:
+    return replace(ALIGNED, trait=trait, coherence=coherence, shift=shift)
+
+
+def test_the_highest_trait_with_enough_coherence_is_chosen() -> None:
+    points = {
+        Setting(sg.StTP(6), 1): figures(70, 99),
+        Setting(sg.StTP(12), 1): figures(85, 90),  # the planted best: coherence exactly at the bar
+        Setting(sg.StTP(18), 1): figures(99, 89.9),  # a better trait that broke the language
+        Setting(sg.StMP(1), 2): figures(60, 100, shift=3.0),
+        Setting(sg.StMP(2), 2): figures(60, 100, shift=2.0),  # a tie goes to the smaller shift
+    }
+    best, refused = choose(points, ALIGNED)
+    assert best == {"StTP": Setting(sg.StTP(12), 1), "StMP": Setting(sg.StMP(2), 2)}
+    assert refused == {}
+    # with a lower bar the broken one would have been chosen: the constraint is what decided
+    assert choose(points, replace(ALIGNED, coherence=99.0))[0]["StTP"] == Setting(sg.StTP(18), 1)
+
+
+def test_a_rule_without_an_eligible_point_says_which_constraint_bit() -> None:
+    points = {Setting(sg.SwFC(5), 1): figures(99, 40), Setting(sg.StTP(0), 1): figures(None, None)}
+    best, refused = choose(points, ALIGNED)
+    assert best == {}
+    assert refused["SwFC"] == "the highest coherence of its 1 settings is 40.0, the bar is 90.0"
+    assert refused["StTP"] == "none of its 1 settings could be scored"
+    # an aligned baseline that could not be scored is no licence
+    assert choose({Setting(sg.SwFC(1), 1): figures(99, 99)}, figures(None, None))[0] == {}
+
+
+def test_share_of_the_gap() -> None:
+    malicious = figures(15, 100)
+    assert gap_recovered(figures(95, 1), aligned=ALIGNED, malicious=malicious) == pytest.approx(100)
+    assert gap_recovered(figures(55, 1), aligned=ALIGNED, malicious=malicious) == pytest.approx(50)
+    assert gap_recovered(figures(None, 1), aligned=ALIGNED, malicious=malicious) is None
+
+
+class ByLength:
+    """A scorer that likes long answers, so that there is something to sweep; every tenth scenario is beyond it."""
+
+    def score(self, asked: Asked, answer: str) -> Score:
+        return UNSCORED if getattr(asked, "id", "") == "select-1" else Score(min(100.0, 5.0 * len(answer)), 100.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> sg.Backend:
+    return load(tiny.llama_folder(tmp_path_factory.mktemp("models") / "tiny"), backend="fake")
+
+
+@pytest.fixture(scope="module")
+def probes(model: sg.Backend) -> Fit:
+    found = fit(model, TRAIT, sampling=SHORT, allow_weak=True)
+    strong = {layer: replace(p, evidence=replace(p.evidence, auroc_low=0.9)) for layer, p in found.items() if layer > 0}
+    return Fit({0: found[0], **strong}, model=found.model, provenance=found.provenance)
+
+
+def test_the_grid_is_the_papers_on_layers_that_read(probes: Fit) -> None:
+    settings = grid(probes)
+    assert {s.layer for s in settings} == {layer for layer, p in probes.items() if not p.evidence.weak}
+    assert len(settings) == (5 + 7 + 7) * len({s.layer for s in settings})
+    assert {s.positions for s in grid(probes, positions=("all", "response"))} == {"all", "response"}
+    with pytest.raises(RuleError, match="no grid of strengths"):
+        grid(probes, rules=["Ablate"])
+    with pytest.raises(RuleError, match="there is no rule"):
+        grid(probes, rules=["CAA"])
+
+
+def test_a_sweep_equals_each_setting_alone(model: sg.Backend, probes: Fit) -> None:
+    settings = [Setting(sg.SwFC(a), layer) for layer in (1, 2) for a in (1, 5)]
+    seen: list[tuple[int, int]] = []
+    found = sweep(
+        model, TRAIT, probes, settings=settings, scorer=ByLength(), sampling=SHORT, rows=4,
+        progress=lambda _, done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(0, 4), (2, 4), (4, 4)]
+    assert set(found.points) == set(settings)
+    for setting in settings:
+        alone = sweep(model, TRAIT, probes, settings=[setting], scorer=ByLength(), sampling=SHORT)
+        assert alone.points[setting] == found.points[setting]
+        assert found.points[setting].unscored == 1
+        assert found.points[setting].moved == 1.0
+    guard = found.guard
+    assert guard.provenance["chosen"]["by"] == "sweep"
+    assert guard.provenance["chosen"]["settings"] == 4
+    arms = compare(model, TRAIT, {"SwFC": guard}, scorer=ByLength(), sampling=SHORT)
+    assert [arm.name for arm in arms] == ["aligned", "malicious", "SwFC"]
+    assert arms[2].setting == Setting(guard.rule, guard.layers[0])
+    assert arms[0].figures.moved == 0.0
+
+
+def test_screening_tries_all_and_scores_the_best(model: sg.Backend, probes: Fit) -> None:
+    settings = [Setting(sg.SwFC(a), 2) for a in (1, 2, 3, 4, 5)]
+    whole = sweep(model, TRAIT, probes, settings=settings, scorer=ByLength(), sampling=SHORT)
+    found = sweep(model, TRAIT, probes, settings=settings, scorer=ByLength(), sampling=SHORT, screen=1, finalists=2)
+    assert (found.tried, len(found.points)) == (5, 2)
+    for setting, figures_ in found.points.items():
+        assert figures_ == whole.points[setting]
+    everything = sweep(model, TRAIT, probes, settings=settings, scorer=ByLength(), sampling=SHORT, screen=99)
+    assert everything.points == whole.points
+
+
+def test_a_sweep_of_nothing_is_refused(model: sg.Backend, probes: Fit) -> None:
+    with pytest.raises(InputError, match="got 2 and 0"):
+        sweep(model, TRAIT, probes, settings=[], scorer=ByLength())
+    none = Sweep(probes, ALIGNED, ALIGNED, {}, 0, {}, {"StTP": "why"})
+    with pytest.raises(InputError, match="no setting is eligible: StTP: why"):
+        none.guard  # noqa: B018
+    with pytest.raises(InputError, match="judge"):
+        sweep(model, TRAIT, probes)
+    assert isinstance(Contrast(()).digest, str)
+
+
+def test_the_grid_ids(tmp_path: Path) -> None:
+    assert str(Setting(sg.StTP(12), 3)) == "StTP(12) at layer 3"
+    assert str(Setting(sg.StTP(12), 3, "response")) == "StTP(12) at layer 3, response tokens"
