@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from architectures import ARCHITECTURES, Architecture, build, tokenizer
 from steerguard.backends import backends
 from steerguard.backends import load as load_any
+from steerguard.backends.fingerprint import choose, fingerprint_folder
 from steerguard.backends.hf import load, wrap
-from steerguard.backends.hf_identity import choose, fingerprint_folder
 from steerguard.errors import InputError, ModelError, PromptError
 
 

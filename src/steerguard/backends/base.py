@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,7 @@ class Sampling:
     def __post_init__(self) -> None:
         sound = (
             0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.max_new_tokens >= 1 and self.seed >= 0
-            and not isinstance(self.stop, str) and all(self.stop)
+            and isinstance(self.stop, tuple) and all(self.stop)
         )  # fmt: skip
         if not sound:
             raise InputError(
@@ -102,6 +102,20 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+def one_by_one(prompts: Prompt | Sequence[Prompt], guards: Guards | Sequence[Guards]) -> tuple[list[Prompt], list[Guards]]:
+    """The prompts one by one, and what guards each. Raises InputError for a list of guards of another length."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    asked: list[Any] = [prompts] if one else list(prompts)
+    if not isinstance(guards, list):
+        return asked, [guards] * len(asked)  # type: ignore[list-item]
+    if len(guards) != len(asked):
+        raise InputError(
+            f"a list of guards has one entry per prompt: got {len(guards)} for {len(asked)} prompts; several guards for every "
+            "prompt are a tuple"
+        )
+    return asked, guards
 
 
 def numbers_of(prompts: Sequence[tuple[int, ...]], guards: Sequence[Guards]) -> list[int]:

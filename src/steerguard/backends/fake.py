@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from steerguard.backends.base import Answer, Backend, Floats, Guards, Sampling, Trace, numbers_of
+from steerguard.backends.base import Answer, Backend, Floats, Guards, Sampling, Trace, numbers_of, one_by_one
 from steerguard.backends.fake_decode import Draw, Writer, pieces
 from steerguard.backends.fake_hook import Fault, FaultyHook, Hook, Slot, slots
 from steerguard.backends.fake_llama import Cache, Llama, read_config, read_llama
-from steerguard.backends.hf_identity import fingerprint_folder, model_identity
+from steerguard.backends.fingerprint import fingerprint_folder, model_identity
 from steerguard.backends.proof import audit, proven
 from steerguard.errors import ContrastError, InputError, ModelError, NotSteering, PromptError
 from steerguard.guard import Guard, ModelIdentity
@@ -85,7 +85,7 @@ class Fake:
         on_token: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
         """Answer each prompt; see `Backend.generate`. Raises NotSteering if a gate missed a token."""
-        asked, rows = _rows(prompts, guards)
+        asked, rows = one_by_one(prompts, guards)
         rendered = [render(self.tokenizer, as_conversation(prompt)) for prompt in asked]
         of_rows = [self._all(row) for row in rows]
         hooks = self._hooks(of_rows, rendered)
@@ -102,7 +102,7 @@ class Fake:
         return answers
 
     def capture(
-        self, conversations: Sequence[tuple[Prompt, str]], *, layers: Sequence[int] | None = None, guards: Guards = None
+        self, conversations: Sequence[tuple[Prompt, Reply]], *, layers: Sequence[int] | None = None, guards: Guards = None
     ) -> Floats:
         """Answer-averaged residuals `[answers, layers, d]`; see `Backend.capture`."""
         chosen = list(range(self.identity.depth) if layers is None else layers)
@@ -232,20 +232,6 @@ def _finish(read: Rendered, hook: Hook, writer: Writer, trace: bool) -> Answer:
         finished="stop" if writer.stopped else "length",
         tokens_seen=hook.seen, tokens_moved=hook.moved, shift=hook.shift, traces=tuple(traces) if trace else (),
     )  # fmt: skip
-
-
-def _rows(prompts: Prompt | Sequence[Prompt], guards: Guards | Sequence[Guards]) -> tuple[list[Prompt], list[Guards]]:
-    """The prompts one by one, and what guards each: a list has one entry per prompt, anything else is for all."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    asked: list[Any] = [prompts] if one else list(prompts)
-    if not isinstance(guards, list):
-        return asked, [guards] * len(asked)  # type: ignore[list-item]
-    if len(guards) != len(asked):
-        raise InputError(
-            f"a list of guards has one entry per prompt: got {len(guards)} for {len(asked)} prompts; several guards "
-            "for every prompt are a tuple"
-        )
-    return asked, guards
 
 
 # --------------------------------------------------------------------------------------------------- folders

@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from steerguard.backends.base import Answer, Floats, Guards, Sampling, numbers_of
+from steerguard.backends.base import Answer, Floats, Guards, Sampling, numbers_of, one_by_one
+from steerguard.backends.fingerprint import fingerprint_memory, model_identity
 from steerguard.backends.hf_generate import Engine, Row, batches, bounded_positions, generate_batch
 from steerguard.backends.hf_hooks import Steering, plan, without_compiled_calls
-from steerguard.backends.hf_identity import fingerprint_memory, model_identity
 from steerguard.backends.hf_load import checkpoint_fingerprint, end_tokens, load_pretrained, memory_errors, pad_token
 from steerguard.backends.hf_proof import prove
 from steerguard.backends.hf_read import mean_residuals, read_forward, token_residuals
@@ -347,20 +347,6 @@ class TransformersModel:
                     f"guard {guard.name!r} steers layer {probe.layer} with width {len(probe.v)}; {self.identity.name} has layers "
                     f"0 to {self.blocks.depth - 1} and width {self.blocks.width}"
                 )
-
-
-def one_by_one(prompts: Prompt | Sequence[Prompt], guards: Guards | Sequence[Guards]) -> tuple[list[Prompt], list[Guards]]:
-    """The prompts one by one, and what guards each. Raises InputError for a list of guards of another length."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    asked: list[Any] = [prompts] if one else list(prompts)
-    if not isinstance(guards, list):
-        return asked, [guards] * len(asked)  # type: ignore[list-item]
-    if len(guards) != len(asked):
-        raise InputError(
-            f"a list of guards has one entry per prompt: got {len(guards)} for {len(asked)} prompts; several guards for every "
-            "prompt are a tuple"
-        )
-    return asked, guards
 
 
 def _emitter(on_token: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -145,6 +145,7 @@ class _Acting:
             return h
         if self._v.device != h.device:
             self._v, self._gate = self._v.to(h.device), self._gate.to(h.device)
+        moved: Tensor
         moved, rho, delta = correct(h, self._v, self._gate)
         if where is False:
             moved, delta = h, torch.zeros_like(delta)
@@ -156,7 +157,7 @@ class _Acting:
             self.seen.append((rho, delta))
         return moved
 
-    def _where(self, h: Tensor, window: _Window) -> Tensor | bool | None:
+    def _where(self, h: Tensor, window: _Window) -> Tensor | Literal[False] | None:
         """`[rows, tokens]` true where it acts; None for everywhere, False for nowhere."""
         if window.real is not None:
             return window.real.to(h.device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from steerguard.backends.hf_identity import fingerprint_files
+from steerguard.backends.fingerprint import fingerprint_files
 from steerguard.errors import ModelError
 
 QUANTIZATIONS = ("4bit", "8bit")
