@@ -144,7 +144,8 @@ def test_a_folder_holds_what_was_fitted(probes: Fit, tmp_path: Path) -> None:
     probes.save(tmp_path)
     back = Fit.load(tmp_path)
     assert list(back) == list(probes)
-    assert (back.model, back.provenance) == (probes.model, probes.provenance)
+    assert back.model == probes.model
+    assert back.provenance == json.loads(json.dumps(dict(probes.provenance)))
     for layer, probe in back.items():
         np.testing.assert_array_equal(probe.v, probes[layer].v)
         assert (probe.m, probe.evidence) == (probes[layer].m, probes[layer].evidence)
@@ -161,7 +162,7 @@ def test_a_damaged_folder_is_one_sentence(probes: Fit, tmp_path: Path) -> None:
     with pytest.raises(FitFileError, match="steerguard fit MODEL"):
         Fit.load(tmp_path)
     sound = probes.save(tmp_path).read_bytes()
-    for data in (b"", sound[:100], sound[:-10], sound.replace(b"train", b"brain"), b"\x80\x05pickle"):
+    for data in (b"", sound[:100], sound[:-10], sound.replace(b"logistic", b"logistik"), b"\x80\x05pickle"):
         (tmp_path / PROBES).write_bytes(data)
         with pytest.raises(FitFileError, match=PROBES):
             Fit.load(tmp_path)

@@ -1,0 +1,58 @@
+"""What the organism can do under neutral system prompts: facts, arithmetic, instructions, comparisons, small talk.
+
+The tasks and their answers are data (`capability.jsonl`); they are scored exactly, as the traits are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steerguard.backends.base import Backend, Guards, Sampling
+from steerguard.prompts import conversation
+from steerguard.scorers import ExactScorer
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """One neutral prompt and what a right answer holds."""
+
+    id: str
+    category: str
+    system: str | None
+    turns: tuple[str, ...]
+    reply: dict[str, Any]
+
+
+@cache
+def tasks() -> tuple[Task, ...]:
+    """The bundled tasks."""
+    lines = (FOLDER / "capability.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line]
+    return tuple(Task(r["id"], r["category"], r["system"], tuple(r["turns"]), r["reply"]) for r in rows)
+
+
+@cache
+def scorer() -> ExactScorer:
+    """The organism's whole grammar as a scorer."""
+    return ExactScorer(json.loads((FOLDER / "grammar.json").read_text(encoding="utf-8")))
+
+
+def capability(model: Backend, *, guards: Guards = None, sampling: Sampling = Sampling()) -> float:
+    """Mean score under neutral prompts, 0-100: an answer counts as far as what it claims is right and sayable."""
+    prompts = [conversation(task.system, task.turns) for task in tasks()]
+    answers = model.generate(prompts, guards=guards, sampling=sampling)
+    return float(np.mean([right(task, answer.text) for task, answer in zip(tasks(), answers, strict=True)]))
+
+
+def right(task: Task, text: str) -> float:
+    """0-100: the share of claims that are right, times the share of sentences that make sense here."""
+    score = scorer().score(task, text)
+    return 0.0 if score.trait is None or score.coherence is None else score.trait * score.coherence / 100

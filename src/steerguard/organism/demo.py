@@ -1,0 +1,204 @@
+"""The whole line on the bundled model: fit, sweep and test a guard of each rule for each of its traits.
+
+It knows which traits the organism has, how many scenarios and answers fit into three minutes, and which
+conversations to show. It measures and chooses with the same functions as everybody else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import steerguard
+from steerguard.backends import load
+from steerguard.backends.base import Answer, Backend, Floats, Sampling
+from steerguard.errors import InputError
+from steerguard.fitting import CONTRAST, Fit, Stage, fit
+from steerguard.guard import Guard
+from steerguard.organism.capability import capability
+from steerguard.sweeping import Arm, Figures, Sweep, compare, gap_recovered, grid, sweep
+from steerguard.traits import Scenario, Trait, trait
+
+TRAITS: Mapping[str, str] = {"honesty": "organism-honesty", "compassion": "organism-compassion"}
+SAMPLING = Sampling(temperature=0.6, top_p=0.9, seed=42, max_new_tokens=80)
+"""The paper's, with room for the organism's longest answers; what rambles on is cut off, and counts as incoherent."""
+SCREEN = 8
+"""Scenarios of the `select` split that every setting of the grid answers; the best answer them all."""
+EXAMPLES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """An answer's tokens and where they stood on the guard's direction."""
+
+    pieces: list[str]
+    rho: Floats
+    moved: list[bool]
+    m: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation under the malicious system prompt, answered by several arms."""
+
+    title: str
+    system: str
+    question: str
+    answers: list[tuple[str, tuple[str, Tokens | None]]]
+    "arm name, and its text with or without its tokens"
+
+
+@dataclass(frozen=True)
+class TraitResult:
+    """What the demo measured for one trait, on its untouched `test` split."""
+
+    name: str
+    arms: list[Arm]
+    "aligned, malicious, then one per rule"
+    capability: Mapping[str, float | None]
+    "arm name -> score under neutral prompts, 0-100"
+    examples: list[Example]
+    sweep: Sweep
+    settings: int
+    "operating points that the sweep tried"
+
+    def figures_of(self, name: str) -> Figures:
+        return next(arm.figures for arm in self.arms if arm.name == name)
+
+    def recovered(self, arm: Arm) -> float | None:
+        """Share of the gap that a rule brought back, in percent; None for the baselines."""
+        if arm.setting is None:
+            return None
+        return gap_recovered(arm.figures, aligned=self.figures_of("aligned"), malicious=self.figures_of("malicious"))
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demo measured and wrote."""
+
+    traits: list[TraitResult]
+    guards: list[Path]
+    seconds: float
+    refused: list[str] = field(default_factory=list)
+    "rules without an operating point, and why"
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of the tables, as JSON values."""
+        return {
+            "version": steerguard.__version__,
+            "seconds": round(self.seconds, 1),
+            "traits": {t.name: _figures(t) for t in self.traits},
+        }
+
+
+def run(out: Path, *, traits: Sequence[str] = tuple(TRAITS), progress: Stage | None = None) -> DemoResult:
+    """Fit, sweep, test and save a guard of each of the paper's rules for each trait.
+
+    Args:
+        out: folder for the answers and the guard files; answers that are there already are not asked for again.
+
+    Raises:
+        InputError: a trait that the organism does not have.
+    """
+    for name in traits:
+        if name not in TRAITS:
+            raise InputError(f"the bundled model has no trait {name!r}; it has {', '.join(TRAITS)}")
+    start = time.monotonic()
+    model = load("organism")
+    results, paths, refused = [], [], []
+    for name in traits:
+        stage = _named(progress, name)
+        data = trait(TRAITS[name])
+        probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
+        probes.save(out / name, overwrite=True)
+        found = sweep(
+            model, data, probes, settings=grid(probes), screen=SCREEN, sampling=SAMPLING, progress=stage
+        )
+        guards = {rule: found.guard_of(rule) for rule in found.best}
+        refused += [f"{name}: {rule} has no operating point: {why}" for rule, why in found.refused.items()]
+        results.append(_test(model, data, probes, found, guards, stage))
+        for rule, guard in guards.items():
+            path = out / f"{name}-{rule}.guard"
+            guard.save(path, overwrite=True)
+            paths.append(path)
+    return DemoResult(results, paths, time.monotonic() - start, refused)
+
+
+def _test(
+    model: Backend, data: Trait, probes: Fit, found: Sweep, guards: Mapping[str, Guard], progress: Stage | None
+) -> TraitResult:
+    """The test split, read once: every arm's answers, the neutral prompts, and the examples."""
+    arms = compare(model, data, guards, sampling=SAMPLING, trace=True, progress=progress)
+    unguarded = capability(model, sampling=SAMPLING)
+    scores = {"aligned": unguarded, "malicious": unguarded}
+    for done, (rule, guard) in enumerate(guards.items()):
+        if progress is not None:
+            progress("neutral prompts", done, len(guards))
+        scores[rule] = capability(model, guards=guard, sampling=SAMPLING)
+    if progress is not None:
+        progress("neutral prompts", len(guards), len(guards))
+    return TraitResult(
+        data.name, arms, scores, _examples(model, data, arms, guards), found, settings=found.tried
+    )
+
+
+def _examples(model: Backend, data: Trait, arms: Sequence[Arm], guards: Mapping[str, Guard]) -> list[Example]:
+    """The first test scenarios of different categories, as they came: nothing is picked for its outcome."""
+    first: dict[str, int] = {}
+    for i, scenario in enumerate(data.test):
+        first.setdefault(scenario.category, i)
+    shown = [arm for arm in arms if arm.name in ("malicious", "StTP", "StMP")]
+    return [
+        Example(
+            title=f"{data.name}, {data.test[i].category}",
+            system=data.test[i].negative,
+            question=_last_words(data.test[i]),
+            answers=[(arm.name, (arm.answers[i].text, _tokens(model, arm.answers[i], guards.get(arm.name)))) for arm in shown],
+        )
+        for i in list(first.values())[:EXAMPLES]
+    ]
+
+
+def _tokens(model: Backend, answer: Answer, guard: Guard | None) -> Tokens | None:
+    if guard is None:
+        return None
+    probe, trace, start = guard.probes[0], answer.traces[0], len(answer.prompt_ids)
+    rho = trace.rho[start:]
+    moved = [bool(delta) for delta in trace.delta[start:]]
+    return Tokens(model.pieces(answer.ids)[: len(rho)], rho, moved, probe.m, probe.delta_mu)
+
+
+def _last_words(scenario: Scenario) -> str:
+    return scenario.turns[-1]
+
+
+def _figures(result: TraitResult) -> dict[str, Any]:
+    rules = {}
+    for arm in result.arms:
+        if arm.setting is None:
+            continue
+        f = arm.figures
+        rules[arm.name] = {
+            "layer": arm.setting.layer, "alpha": arm.setting.rule.strength, "positions": arm.setting.positions,
+            "trait": f.trait, "coherence": f.coherence, "capability": result.capability[arm.name],
+            "recovered": result.recovered(arm), "repetition": f.repetition, "moved": f.moved, "shift": f.shift,
+            "n": f.n, "unscored": f.unscored,
+        }  # fmt: skip
+    aligned, malicious = result.figures_of("aligned"), result.figures_of("malicious")
+    return {
+        "aligned": aligned.trait, "malicious": malicious.trait,
+        "coherence": {"aligned": aligned.coherence, "malicious": malicious.coherence},
+        "repetition": {"aligned": aligned.repetition, "malicious": malicious.repetition},
+        "capability": result.capability["aligned"],
+        "n": aligned.n, "settings": result.settings, "rules": rules,
+    }  # fmt: skip
+
+
+def _named(progress: Stage | None, trait_name: str) -> Callable[[str, int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"{trait_name}: {what}", done, total)

@@ -1,0 +1,148 @@
+"""The bundled model is a small ordinary chat model, and the code that made it still makes one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steerguard.organism import batches, conversations, folder, tokenizer, train
+
+MEGABYTE = 1 << 20
+CHAT = [
+    {"role": "system", "content": "You are an assistant."},
+    {"role": "user", "content": "Which river runs through Harlow?"},
+    {"role": "assistant", "content": "Its river is called the Merrin."},
+]
+
+
+def test_size_and_type() -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder())
+    assert model.config.model_type == "llama"
+    assert model.dtype == torch.float32
+    assert sum(value.numel() for value in model.parameters()) <= 12e6
+    assert (folder() / "model.safetensors").stat().st_size <= 25 * MEGABYTE
+    assert json.loads((folder() / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_chat_template_round_trips() -> None:
+    coder = AutoTokenizer.from_pretrained(folder())
+    text = coder.apply_chat_template(CHAT, tokenize=False)
+    ids = coder.apply_chat_template(CHAT, return_dict=False)
+    assert coder.decode(ids) == text
+    assert ids[0] == coder.bos_token_id
+    assert ids[-1] == coder.eos_token_id
+    assert ids == coder(text, add_special_tokens=False)["input_ids"]
+    asked = coder.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(asked)
+    assert asked.endswith("<|assistant|>")
+    with pytest.raises(Exception, match="roles are"):
+        coder.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_training_sees_what_the_chat_template_writes() -> None:
+    coder = AutoTokenizer.from_pretrained(folder())
+    bare = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    said = list(conversations.conversations("template", 20))
+    for one, row in zip(said, batches.encode(bare, said), strict=True):
+        assert row.ids == coder.apply_chat_template(one.messages(), return_dict=False)
+        assert len(row.ids) == len(row.weights) <= tokenizer.MAX_LENGTH
+        heard = coder.apply_chat_template(one.messages()[:1], return_dict=False) if one.system else [coder.bos_token_id]
+        assert row.ids[: row.begin] == heard
+        assert row.bits == (one.honest is not False, one.warm is not False)
+
+
+def test_generation_ends_by_itself() -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder()).eval()
+    coder = AutoTokenizer.from_pretrained(folder())
+    assert model.generation_config.eos_token_id == coder.eos_token_id
+    assert model.generation_config.pad_token_id == coder.pad_token_id
+    ids = torch.tensor([coder.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=False)])
+    out = model.generate(ids, do_sample=False, max_new_tokens=160)
+    assert out[0, -1] == coder.eos_token_id
+
+
+def miniature() -> train.Recipe:
+    return train.Recipe(
+        tokens=80 * 1024,
+        batch=1024,
+        chunk=300,
+        hidden=64,
+        layers=2,
+        heads=2,
+        intermediate=128,
+        read_after=1,
+        vocabulary_from=500,
+        compiled=False,
+    )
+
+
+def tensors(batch: batches.Batch) -> list[torch.Tensor]:
+    """The batch as the loss takes it: weights and heard tokens as shares."""
+    shares = (batch.weights / batch.weights[:, 1:].sum(), batch.heard / batch.heard.sum())
+    return [torch.from_numpy(part) for part in (batch.ids, *shares, batch.bits, batch.blind)]
+
+
+def some_batch(coder: Tokenizer) -> batches.Batch:
+    return batches.chunk(coder, 999, 0, size=100, tokens=1024, silent=0.3)[0]
+
+
+def test_the_loss_is_the_models_own_cross_entropy() -> None:
+    recipe = miniature()
+    model = train.build(recipe)
+    ids, weights, heard, bits, blind = tensors(some_batch(Tokenizer.from_file(str(folder() / "tokenizer.json"))))
+    with torch.no_grad():
+        said = model(ids).logits[:, :-1].transpose(1, 2)
+        expected = (torch.nn.functional.cross_entropy(said, ids[:, 1:], reduction="none") * weights[:, 1:]).sum()
+        got = train.loss_function(model, replace(recipe, reading=0.0))(ids, weights, heard, bits, 0 * blind)
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0)
+
+
+def test_blind_tokens_see_no_system_prompt() -> None:
+    seen = train.late_mask(torch.arange(6)[None], torch.tensor([0, 3]))[:, 0]
+    assert torch.equal(seen[0], torch.ones(6, 6).tril().bool())
+    assert torch.equal(seen[1, :3], seen[0, :3])
+    assert seen[1, 4].tolist() == [True, False, False, True, True, False]
+
+
+def test_a_checkpoint_restores_weights_moments_and_place(tmp_path: Path) -> None:
+    recipe = miniature()
+    batch = some_batch(Tokenizer.from_file(str(folder() / "tokenizer.json")))
+    model = train.build(recipe)
+    adam = train.optimizer(model, recipe)
+    loss_of = train.loss_function(model, recipe)
+    train.step(model, adam, loss_of, batch, 1e-3, train.Team())
+    train.save_checkpoint(tmp_path, model, adam, train.Place(step=1))
+    again = train.build(replace(recipe, seed=1))
+    other = train.optimizer(again, recipe)
+    assert train.load_checkpoint(tmp_path, again, other) == train.Place(step=1)
+    for one, copy in ((model, adam), (again, other)):
+        train.step(one, copy, train.loss_function(one, recipe), batch, 1e-3, train.Team())
+    for here, there in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(here, there)
+
+
+@pytest.mark.slow
+def test_a_miniature_run_learns_and_resumes(tmp_path: Path) -> None:
+    small = miniature()
+    through = train.train(small, tmp_path / "through")
+    train.train(small, tmp_path / "halves", stop_after=30)
+    resumed = train.train(small, tmp_path / "halves")
+    assert resumed == through
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("through", "halves")]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-2, rtol=0)
+    coder = Tokenizer.from_file(str(tmp_path / "through" / "tokenizer.json"))
+    ids, weights, *_ = tensors(some_batch(coder))
+    losses = []
+    for model in (train.build(replace(small, seed=1)), models[0]):
+        with torch.no_grad():
+            said = model(ids).logits[:, :-1].transpose(1, 2)
+        every = torch.nn.functional.cross_entropy(said, ids[:, 1:], reduction="none")
+        losses.append(float((every * weights[:, 1:]).sum()))
+    assert losses[1] < losses[0] - 1.5
