@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TraitResult:
-    """What the demo measured for one trait, on its untouched `test` split."""
+    """What the demo measured for one trait, on its `test` split."""
 
     name: str
     arms: list[Arm]

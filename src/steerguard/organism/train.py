@@ -240,6 +240,7 @@ def export(folder: Path, model: LlamaForCausalLM, coder: Tokenizer) -> None:
     """A model directory: weights as float16, configuration, generation settings, tokenizer and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.wrap(coder).save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.update(
         pad_token_id=model.config.pad_token_id,
