@@ -37,8 +37,14 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Bench:
     return Bench(load(folder, backend=request.param), folder)
 
 
+ENDLESS = ("a_long_answer_is_steered_to_its_end", "answers_end_at_their_limit_or_at_the_end_of_the_turn")
+"""Checks that need a model which does not end its turn by itself: random weights do not, the organism does."""
+
+
 @pytest.mark.parametrize("check", CONTRACT)
 def test_contract(bench: Bench, check: str) -> None:
+    if check in ENDLESS and bench.folder == ORGANISM:
+        pytest.skip("the bundled model ends its answers by itself")
     CONTRACT[check](bench)
 
 
