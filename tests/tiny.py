@@ -72,7 +72,7 @@ def llama_folder(folder: Path, *, seed: int = 0, dtype: str = "float32", **chang
     tokens = tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(tokens), "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
         "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id,
     }  # fmt: skip
     config = LlamaConfig(**(settings | changes))

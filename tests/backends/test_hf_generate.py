@@ -13,9 +13,9 @@ from hf_cases import BY_NAME, PROMPTS, STEPS, guard_of, ids_of, tiny_model
 
 from architectures import build, tokenizer
 from steerguard.backends.base import GREEDY, Sampling
+from steerguard.backends.drawing import Draw, Text, gumbel, nucleus, row_keys
 from steerguard.backends.hf import TransformersModel, load, wrap
 from steerguard.backends.hf_generate import batches
-from steerguard.backends.hf_sampling import Draw, Text, gumbel, nucleus, row_keys
 from steerguard.errors import ContrastError, InputError, PromptError
 from steerguard.rules import StTP, SwFC
 

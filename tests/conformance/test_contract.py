@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import contract_effect  # noqa: F401 -- fills CONTRACT
 import contract_generate  # noqa: F401
@@ -14,6 +16,8 @@ from steerguard.backends import backends, load
 from steerguard.backends.base import Backend
 from steerguard.errors import ModelError
 
+OPTIONS: dict[str, dict[str, Any]] = {"vllm": {"kv_cache_memory_bytes": 2**28}}
+"""What a backend needs on a small machine."""
 MODELS = [
     "tiny",
     "tied",
@@ -33,8 +37,13 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="module", params=list(backends()))
-def bench(request: pytest.FixtureRequest, folder: Path) -> Bench:
-    return Bench(load(folder, backend=request.param), folder)
+def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed; `make test` installs its CPU build")
+    model = load(folder, backend=request.param, **OPTIONS.get(request.param, {}))
+    yield Bench(model, folder)
+    if request.param == "vllm":
+        model.close()
 
 
 ENDLESS = ("a_long_answer_is_steered_to_its_end", "answers_end_at_their_limit_or_at_the_end_of_the_turn")

@@ -22,7 +22,11 @@ __all__ = ["backends", "load"]
 BUNDLED = {"organism": Path(__file__).parent.parent / "organism" / "model"}
 """Models that come with steerguard, by the name that `load` takes."""
 
-_BACKENDS: dict[str, str] = {"hf": "steerguard.backends.hf:load", "fake": "steerguard.backends.fake:load"}
+_BACKENDS: dict[str, str] = {
+    "hf": "steerguard.backends.hf:load",
+    "vllm": "steerguard.backends.vllm.client:load",
+    "fake": "steerguard.backends.fake:load",
+}
 
 
 def backends() -> Iterator[str]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from steerguard.errors import InputError
+from steerguard.errors import InputError, NotSteering
 from steerguard.guard import Guard
 from steerguard.identity import ModelIdentity
 from steerguard.prompts import Prompt, Reply
@@ -116,6 +116,37 @@ def one_by_one(prompts: Prompt | Sequence[Prompt], guards: Guards | Sequence[Gua
             "prompt are a tuple"
         )
     return asked, guards
+
+
+def checked(guards: Guards, identity: ModelIdentity) -> tuple[Guard, ...]:
+    """The guards of one row, each of them made for this model.
+
+    Raises:
+        InputError: something that is no guard.
+        GuardMismatch: a guard of another model.
+        NotSteering: a layer that is not there, or a direction of another width.
+    """
+    own = (guards,) if isinstance(guards, Guard) else tuple(guards or ())
+    for guard in own:
+        if not isinstance(guard, Guard):
+            raise InputError(f"a guard must be a steerguard.Guard, got {type(guard).__name__}")
+        guard.check_model(identity)
+        for probe in guard.probes:
+            if not 0 <= probe.layer < identity.depth or len(probe.v) != identity.width:
+                raise NotSteering(
+                    f"guard {guard.name!r} steers layer {probe.layer} with width {len(probe.v)}; {identity.name} has layers "
+                    f"0 to {identity.depth - 1} and width {identity.width}"
+                )
+    return own
+
+
+def chosen_layers(layers: Sequence[int] | None, identity: ModelIdentity) -> list[int]:
+    """The layers that were asked for, all by default. Raises InputError for one that is not there."""
+    chosen = list(range(identity.depth) if layers is None else layers)
+    missing = sorted(layer for layer in chosen if not 0 <= layer < identity.depth)
+    if missing:
+        raise InputError(f"there are no layers {missing}; {identity.name} has 0 to {identity.depth - 1}")
+    return chosen
 
 
 def numbers_of(prompts: Sequence[tuple[int, ...]], guards: Sequence[Guards]) -> list[int]:

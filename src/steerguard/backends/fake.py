@@ -22,13 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from steerguard.backends.base import Answer, Backend, Floats, Guards, Sampling, Trace, numbers_of, one_by_one
+from steerguard.backends.base import (
+    Answer,
+    Backend,
+    Floats,
+    Guards,
+    Sampling,
+    Trace,
+    checked,
+    chosen_layers,
+    numbers_of,
+    one_by_one,
+)
 from steerguard.backends.fake_decode import Draw, Writer, pieces
 from steerguard.backends.fake_hook import Fault, FaultyHook, Hook, Slot, slots
 from steerguard.backends.fake_llama import Cache, Llama, read_config, read_llama
 from steerguard.backends.fingerprint import fingerprint_folder, model_identity
 from steerguard.backends.proof import audit, proven
-from steerguard.errors import ContrastError, InputError, ModelError, NotSteering, PromptError
+from steerguard.errors import ContrastError, InputError, ModelError, PromptError
 from steerguard.guard import Guard, ModelIdentity
 from steerguard.prompts import Prompt, Rendered, Reply, as_conversation, render
 
@@ -105,10 +116,7 @@ class Fake:
         self, conversations: Sequence[tuple[Prompt, Reply]], *, layers: Sequence[int] | None = None, guards: Guards = None
     ) -> Floats:
         """Answer-averaged residuals `[answers, layers, d]`; see `Backend.capture`."""
-        chosen = list(range(self.identity.depth) if layers is None else layers)
-        missing = sorted(layer for layer in chosen if not 0 <= layer < self.identity.depth)
-        if missing:
-            raise InputError(f"there is no layer {missing}; {self!r} has 0 to {self.identity.depth - 1}")
+        chosen = chosen_layers(layers, self.identity)
         own = self._all(guards)
         rendered = [self._render(prompt, answer) for prompt, answer in conversations]
         empty = [i for i, read in enumerate(rendered) if read.answer_start == len(read.ids)]
@@ -151,18 +159,7 @@ class Fake:
 
     def _all(self, guards: Guards) -> tuple[Guard, ...]:
         """The guards of one row, checked: those entered, then those of the call."""
-        own = (guards,) if isinstance(guards, Guard) else tuple(guards or ())
-        for guard in own:
-            if not isinstance(guard, Guard):
-                raise InputError(f"a guard must be a steerguard Guard, got {guard!r}")
-            guard.check_model(self.identity)
-            for probe in guard.probes:
-                if not 0 <= probe.layer < self.identity.depth or len(probe.v) != self.identity.width:
-                    raise NotSteering(
-                        f"guard {guard.name!r} steers layer {probe.layer} with width {len(probe.v)}; {self.identity.name} "
-                        f"has layers 0 to {self.identity.depth - 1} and width {self.identity.width}"
-                    )
-        return self._entered + own
+        return self._entered + checked(guards, self.identity)
 
     def _hooks(self, of_rows: Sequence[Sequence[Guard]], rendered: Sequence[Rendered]) -> list[Hook]:
         own = [slots(guards) for guards in of_rows]

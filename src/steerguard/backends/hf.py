@@ -4,7 +4,7 @@
     model = wrap(module, tokenizer)                 # or a model that is in memory already
 
 Answers come from transformers' own `generate`, so every architecture, cache and quantisation that it serves is served
-here. What acts on the residual is in `hf_hooks`, what proves it in `hf_proof`, what draws and ends in `hf_sampling`.
+here. What acts on the residual is in `hf_hooks`, what proves it in `hf_proof`, what draws and ends in `drawing`.
 
 Refused rather than done wrongly: encoder-decoders; models whose blocks do not return one residual stream; models in
 training mode; `torch.compile` around the whole model (hooks are not part of its compiled code: load with
@@ -21,15 +21,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from steerguard.backends.base import Answer, Floats, Guards, Sampling, numbers_of, one_by_one
+from steerguard.backends.base import Answer, Floats, Guards, Sampling, checked, chosen_layers, numbers_of, one_by_one
+from steerguard.backends.drawing import pieces, row_keys
 from steerguard.backends.fingerprint import fingerprint_memory, model_identity
 from steerguard.backends.hf_generate import Engine, Row, batches, bounded_positions, generate_batch
 from steerguard.backends.hf_hooks import Steering, plan, without_compiled_calls
 from steerguard.backends.hf_load import checkpoint_fingerprint, end_tokens, load_pretrained, memory_errors, pad_token
 from steerguard.backends.hf_proof import prove
 from steerguard.backends.hf_read import mean_residuals, read_forward, token_residuals
-from steerguard.backends.hf_sampling import pieces, row_keys
-from steerguard.errors import ContrastError, InputError, ModelError, NotSteering, PromptError, Unsupported
+from steerguard.errors import ContrastError, InputError, ModelError, PromptError, Unsupported
 from steerguard.guard import Guard
 from steerguard.layers import find_blocks, text_config
 from steerguard.prompts import Prompt, Rendered, Reply, as_conversation, render
@@ -214,10 +214,7 @@ class TransformersModel:
             ContrastError: an answer without tokens; the message says which.
             InputError: a layer that is not there.
         """
-        chosen = list(range(self.blocks.depth) if layers is None else layers)
-        missing = sorted(layer for layer in chosen if not 0 <= layer < self.blocks.depth)
-        if missing:
-            raise InputError(f"there are no layers {missing}; {self.identity.name} has 0 to {self.blocks.depth - 1}")
+        chosen = chosen_layers(layers, self.identity)
         rendered = [render(self.tokenizer, as_conversation(prompt), answer) for prompt, answer in conversations]
         empty = [i for i, read in enumerate(rendered) if read.answer_start == len(read.ids)]
         if empty:
@@ -327,26 +324,12 @@ class TransformersModel:
 
     def _all(self, guards: Guards) -> tuple[Guard, ...]:
         """The guards of one row, checked and proved: those entered, then those of the call."""
-        own = (guards,) if isinstance(guards, Guard) else tuple(guards or ())
-        for guard in own:
-            self._check(guard)
-        every = self._entered + own
+        every = self._entered + checked(guards, self.identity)
         digests = tuple(guard.digest for guard in every)
         if every and digests not in self._proved:
             prove(self.module, self.blocks, every)
             self._proved.add(digests)
         return every
-
-    def _check(self, guard: Guard) -> None:
-        if not isinstance(guard, Guard):
-            raise InputError(f"a guard must be a steerguard.Guard, got {type(guard).__name__}")
-        guard.check_model(self.identity)
-        for probe in guard.probes:
-            if not 0 <= probe.layer < self.blocks.depth or len(probe.v) != self.blocks.width:
-                raise NotSteering(
-                    f"guard {guard.name!r} steers layer {probe.layer} with width {len(probe.v)}; {self.identity.name} has layers "
-                    f"0 to {self.blocks.depth - 1} and width {self.blocks.width}"
-                )
 
 
 def _emitter(on_token: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from steerguard.backends.base import Answer, Sampling
+from steerguard.backends.drawing import Draw, Ends, cut, decode
 from steerguard.backends.hf_hooks import Layout, Steering, plan
-from steerguard.backends.hf_sampling import Draw, Ends, cut, decode
 from steerguard.guard import Guard
 from steerguard.layers import Blocks, input_device, text_config
 

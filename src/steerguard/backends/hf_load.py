@@ -30,7 +30,7 @@ def load_pretrained(
     """The model, in eval mode, and its tokenizer. Raises ModelError with the next step."""
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     settings = {"dtype": _dtype(dtype), "device_map": _device_map(device_map, quantization), **_quantized(quantization)}
-    _check_folder(name)
+    check_folder(name)
     from transformers import AutoConfig
 
     config = _try(name, "configuration", lambda: AutoConfig.from_pretrained(name, **where))
@@ -93,7 +93,8 @@ def _quantized(quantization: str | None) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)}
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Raise ModelError for a name that can be no model: a file, a folder without one, a folder that is not there."""
     folder = Path(name)
     if folder.is_file():
         raise ModelError(f"{name} is a file; give the folder that it lies in, or a hub name")
@@ -177,11 +178,25 @@ def _causes(error: BaseException | None) -> Any:
 
 def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a turn: the generation configuration's (else the configuration's), and the tokenizer's."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return _ends(getattr(getattr(model, "generation_config", None), "eos_token_id", None), model.config, tokenizer)
+
+
+def _ends(named: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
     if named is None:
-        named = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
+        named = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     ids = [*(named if isinstance(named, list | tuple) else [named]), getattr(tokenizer, "eos_token_id", None)]
     return tuple(sorted({int(i) for i in ids if i is not None}))
+
+
+def named_ends(name: str, tokenizer: Any, revision: str | None) -> tuple[int, ...]:
+    """The same of a model that is not loaded here, by its configuration files."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    named = None
+    with contextlib.suppress(OSError):  # a model need not have generation settings
+        named = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    return _ends(named, config, tokenizer)
 
 
 def pad_token(tokenizer: Any, ends: tuple[int, ...]) -> int:

@@ -69,7 +69,8 @@ def _layer(tables: Tables, layer: int, forward: Forward, size: int, plain: Tenso
     rewritten = _run(tables, layer, forward, size, tiny, v)
     if bool((rewritten.delta == 0).any()):
         raise NotSteering(f"{where}: tokens were left alone that a gate should have rewritten")
-    _same(rewritten.out, plain, 8 * noise + _rounding(tables), f"{where}: the next block does not read the sum of what the op wrote")
+    allowed = 8 * noise + _rounding(tables)
+    _same(rewritten.out, plain, allowed, f"{where}: the next block does not read the sum of what the op wrote")
     # 3. push
     push = max(length, 1e-2) * 16
     pushed = _run(tables, layer, forward, size, Gate(-INF, 0.0, 0.0, push, 0.0, INF), v)

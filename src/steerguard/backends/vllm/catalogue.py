@@ -134,8 +134,8 @@ class Choice:
     "position at which the answer begins; None: where the prompt ends"
     trace: bool = False
     "keep rho and delta of every token"
-    read: bool = False
-    "keep the residual of every token at every layer"
+    read: Literal["all", "mean"] | None = None
+    "keep the residual of every token at every open layer, or the sum over the answer's"
 
     def as_args(self) -> dict[str, Any]:
         """Plain values, to travel in a request's `extra_args`."""
@@ -203,7 +203,8 @@ class Catalogue:
             self.add(Entry(Guard.load(Path(one.file)), one.strength, one.positions, one.required))
         unknown = [name for name in settings.default or () if name not in self._entries]
         if unknown:
-            raise InputError(f"default names {', '.join(map(shown, unknown))}; there are {', '.join(self._entries) or 'no guards'}")
+            known = ", ".join(self._entries) or "no guards"
+            raise InputError(f"default names {', '.join(map(shown, unknown))}; there are {known}")
         self.default = list(self._entries if settings.default is None else settings.default)
         "what a request gets that chooses nothing; guards added at run time act on requests that name them"
         self._check_required(self.default)
@@ -248,7 +249,8 @@ class Catalogue:
         if asked is None:
             return self._choice([self._act(name) for name in self.default], {})
         if not isinstance(asked, Mapping):
-            raise InputError(f'{ASKED} must be an object such as {{"guards": ["{next(iter(self), "honesty")}"]}}, got {shown(asked)}')
+            example = f'{{"guards": ["{next(iter(self), "honesty")}"]}}'
+            raise InputError(f"{ASKED} must be an object such as {example}, got {shown(asked)}")
         extra = {key: asked[key] for key in ("start", "trace", "read") if key in asked} if self.settings.inspect else {}
         unknown = sorted(map(str, set(asked) - {"guards"} - set(extra)))
         if unknown:
@@ -298,13 +300,16 @@ class Catalogue:
         start = extra.get("start")
         if not (start is None or (isinstance(start, int) and start >= 0)):
             raise InputError(f"{ASKED}.start must be a position, got {shown(start)}")
+        read = extra.get("read")
+        if read not in (None, "all", "mean"):
+            raise InputError(f"{ASKED}.read must be all or mean, got {shown(read)}")
         self._check_stages(acts)
         live = [a for a in acts if not all(gate.shut for _, gate in self.guard_of(a).gates())]
         return Choice(
             tuple(acts),
             prompt_key=_key([a for a in live if a.positions == "all"]),
             answer_key=_key(live) if any(a.positions == "response" for a in live) else "",
-            start=start, trace=bool(extra.get("trace", False)), read=bool(extra.get("read", False)),
+            start=start, trace=bool(extra.get("trace", False)), read=read,
         )  # fmt: skip
 
     def _check_stages(self, acts: Sequence[Act]) -> None:
@@ -313,7 +318,8 @@ class Catalogue:
             for layer in self[act.name].layers:
                 on[layer] = on.get(layer, 0) + 1
         if on and max(on.values()) > self.settings.stages:
-            raise InputError(f"at most {self.settings.stages} guards may act on one layer here, got {max(on.values())}; see `stages`")
+            most = self.settings.stages
+            raise InputError(f"at most {most} guards may act on one layer here, got {max(on.values())}; see `stages`")
 
     def guard_of(self, act: Act) -> Guard:
         """The guard of an act. Raises InputError if this catalogue has another guard under its name."""

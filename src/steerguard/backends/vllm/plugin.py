@@ -108,7 +108,7 @@ def check_supported(config: Any, settings: Settings) -> None:
     """Raise Unsupported for an engine that cannot be guarded rightly, with what is supported."""
     import vllm
 
-    if vllm.__version__.rpartition(".")[0] not in SUPPORTED and not vllm.__version__.startswith(tuple(f"{v}." for v in SUPPORTED)):
+    if ".".join(vllm.__version__.split(".")[:2]) not in SUPPORTED:
         raise Unsupported(f"vLLM {vllm.__version__} is not supported; steerguard was tested with {', '.join(SUPPORTED)}")
     parallel, scheduler = config.parallel_config, config.scheduler_config
     refused = {

@@ -9,8 +9,10 @@ This module knows requests as vLLM names them, choices and rows. What it calls o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,37 +23,51 @@ from steerguard.backends.vllm.catalogue import RESOLVED, Catalogue, Choice
 from steerguard.backends.vllm.tables import Stage, Tables
 from steerguard.errors import NotSteering
 
-MAX_RECORDS = 512
+Chunk = tuple[int, npt.NDArray[Any]]
+MAX_RECORDS = 4096
 """Finished requests whose records are kept until somebody takes them."""
 
 
 @dataclass(eq=False)
 class Record:
-    """What was kept of one request that asked for it: chunks, each with the position of its first token.
+    """What was kept of one request that asked for it, as chunks with the position of their first token.
 
     A request that was preempted runs some positions again; the last chunk that has a position is right.
     """
 
-    rho: list[tuple[int, Any]] = field(default_factory=list)
-    "chunks [layers, stages, tokens]"
-    delta: list[tuple[int, Any]] = field(default_factory=list)
-    residuals: list[tuple[int, Any]] = field(default_factory=list)
-    "chunks [layers, tokens, d]"
-    hidden: list[tuple[int, Any]] = field(default_factory=list)
+    rho: dict[int, list[Chunk]] = field(default_factory=dict)
+    "per layer chunks [stages, tokens]"
+    delta: dict[int, list[Chunk]] = field(default_factory=dict)
+    residuals: list[Chunk] = field(default_factory=list)
+    "chunks [tokens, layers, d]"
+    hidden: list[Chunk] = field(default_factory=list)
     "chunks [tokens, d]: what the head reads"
+    total: Any = None
+    "[layers, d] sum of the answer's residuals"
+    until: int = 0
+    "position after the last token in `total`"
+
+    def plain(self) -> dict[str, Any]:
+        """The chunks put together by position, as numpy arrays; what no chunk has is NaN."""
+        return {
+            "rho": {layer: joined(chunks, axis=1) for layer, chunks in self.rho.items()},
+            "delta": {layer: joined(chunks, axis=1) for layer, chunks in self.delta.items()},
+            "residuals": joined(self.residuals, axis=0), "hidden": joined(self.hidden, axis=0), "total": self.total,
+        }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Span:
-    """The tokens of one request in the forward in progress whose record is kept."""
-
-    record: Record
-    read: bool
-    first: int
-    "index of the first token in the forward"
-    end: int
-    position: int
-    "absolute position of the first token"
+def joined(chunks: Sequence[Chunk], *, axis: int) -> npt.NDArray[Any] | None:
+    """Chunks side by side on their token axis, each at its position; None if there are none."""
+    if not chunks:
+        return None
+    shape = list(chunks[0][1].shape)
+    shape[axis] = max(position + chunk.shape[axis] for position, chunk in chunks)
+    out = np.full(shape, np.nan, np.float32)
+    for position, chunk in chunks:
+        where = [slice(None)] * len(shape)
+        where[axis] = slice(position, position + chunk.shape[axis])
+        out[tuple(where)] = chunk
+    return out
 
 
 @dataclass(eq=False)
@@ -66,6 +82,24 @@ class Live:
     answer: tuple[Stage, ...]
     "what looks at the answer, in order"
     record: Record | None
+
+    @cached_property
+    def stages(self) -> Counter[int]:
+        """Layer -> how many guards look at it."""
+        return Counter(layer for guard, _ in self.answer for layer in guard.layers)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The tokens of one request in the forward in progress, of which something is kept."""
+
+    live: Live
+    record: Record
+    first: int
+    "index of the first token in the forward"
+    end: int
+    position: int
+    "absolute position of the first token"
 
 
 class Steering:
@@ -151,37 +185,58 @@ class Steering:
             self.tables.clear()
         # 3. whose tokens are to be kept afterwards
         self._spans = [
-            _Span(live.record, live.choice.read, int(end - count), int(end), int(before))
+            _Span(live, live.record, int(end - count), int(end), int(before))
             for live, count, end, before in zip(lives, scheduled, ends, computed, strict=True)
             if live.record is not None
         ]
         self.filled = True
 
     def after(self, hidden: Any) -> None:
-        """Keep what the records want of the forward that has run; `hidden` [tokens, d] is what the head reads, if any."""
-        if not self._spans:
+        """Keep what the records want of the forward that has run; `hidden` [tokens, d] is what the head reads, if any.
+
+        Waits for the device, and only if a request asked for a record.
+        """
+        spans, self._spans = self._spans, []
+        for layer in {layer for span in spans for layer in span.live.stages}:
+            table = self.tables.layers.get(layer)
+            if table is not None:
+                self._keep_traces(spans, layer, table.rho.cpu().numpy(), table.delta.cpu().numpy())
+        for span in spans:
+            if span.live.choice.read:
+                self._keep_residuals(span, hidden)
+
+    def _keep_traces(self, spans: Sequence[_Span], layer: int, rho: npt.NDArray[Any], delta: npt.NDArray[Any]) -> None:
+        for span in spans:
+            if stages := span.live.stages[layer]:
+                part = np.s_[:stages, span.first : span.end]
+                span.record.rho.setdefault(layer, []).append((span.position, rho[part].copy()))
+                span.record.delta.setdefault(layer, []).append((span.position, delta[part].copy()))
+
+    def _keep_residuals(self, span: _Span, hidden: Any) -> None:
+        """Every token's, or the sum over the answer's that were not summed before."""
+        record, begin = span.record, span.position
+        kept = [table.kept for table in self.tables.layers.values() if table.kept is not None]
+        if span.live.choice.read == "mean":
+            skip = max(span.live.start, record.until) - begin
+            if span.first + skip < span.end:
+                total = torch.stack([k[span.first + max(skip, 0) : span.end].double().sum(0) for k in kept]).cpu().numpy()
+                record.total = total if record.total is None else record.total + total
+                record.until = begin + span.end - span.first
             return
-        tables = self.tables.layers
-        rho, delta = (torch.stack([getattr(t, name) for t in tables.values()]).cpu() for name in ("rho", "delta"))
-        for span in self._spans:
-            at, record = slice(span.first, span.end), span.record
-            record.rho.append((span.position, rho[..., at].clone()))
-            record.delta.append((span.position, delta[..., at].clone()))
-            if span.read:
-                kept = torch.stack([table.kept[at].float().cpu() for table in tables.values() if table.kept is not None])
-                record.residuals.append((span.position, kept))
-                if hidden is not None:
-                    record.hidden.append((span.position, hidden[at].cpu().clone()))
-        self._spans = []
+        residuals = torch.stack([k[span.first : span.end] for k in kept], 1).float().cpu().numpy()
+        record.residuals.append((begin, residuals))
+        if isinstance(hidden, torch.Tensor):
+            record.hidden.append((begin, hidden[span.first : span.end].float().cpu().numpy()))
 
     # ---------------------------------------------------------------------------------------- records
 
     def take(self, request_id: str) -> Record | None:
         """The record of a request, once; None if there is none here."""
         live = self._live.get(request_id)
-        if live is not None:
-            return live.record
-        return self._records.pop(request_id, None)
+        if live is None:
+            return self._records.pop(request_id, None)
+        record, live.record = live.record, None
+        return record
 
     def add(self, entry: Any) -> None:
         """Serve one more guard; all or nothing."""

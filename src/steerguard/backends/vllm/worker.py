@@ -17,7 +17,7 @@ import torch
 
 from steerguard.backends.vllm import blocks, canary, runner
 from steerguard.backends.vllm.catalogue import Catalogue, Entry, Settings
-from steerguard.backends.vllm.steering import Record, Steering
+from steerguard.backends.vllm.steering import Steering
 from steerguard.backends.vllm.tables import Tables
 from steerguard.errors import NotSteering, Unsupported
 from steerguard.guard import Guard
@@ -43,8 +43,9 @@ def install(worker: Any, settings: Settings) -> None:
     catalogue = Catalogue(settings)
     tables = Tables(
         own, rows=2 * config.scheduler_config.max_num_seqs + 2, stages=settings.stages,
-        directions=len(list(catalogue)) + settings.spare, tokens=_most_tokens(config), width=config.model_config.get_hidden_size(),
-        device=model_runner.device, dtype=config.model_config.dtype, keep=settings.inspect,
+        directions=len(list(catalogue)) + settings.spare, tokens=_most_tokens(config),
+        width=config.model_config.get_hidden_size(), device=model_runner.device, dtype=config.model_config.dtype,
+        keep=settings.inspect,
     )  # fmt: skip
     for name in catalogue:
         tables.add(catalogue[name].guard)
@@ -82,7 +83,9 @@ def check_stages(layers: tuple[int, ...], stages: list[list[int]]) -> None:
     """Raise NotSteering unless every layer stands in exactly one of the stages."""
     held = sorted(layer for stage in stages for layer in stage)
     if held != sorted(layers):
-        raise NotSteering(f"guarded layers {sorted(layers)} are held by pipeline stages as {stages}; each must stand in exactly one")
+        raise NotSteering(
+            f"guarded layers {sorted(layers)} are held by pipeline stages as {stages}; each must stand in exactly one"
+        )
 
 
 def prove(worker: Any) -> list[str]:
@@ -132,8 +135,9 @@ class Extension:
         return self.steering.remove(name)
 
     def steerguard_take(self, request_ids: list[str]) -> list[dict[str, Any] | None]:
-        """The records of requests as plain arrays, by position; None for one that has none here."""
-        return [plain(self.steering.take(one)) for one in request_ids]
+        """The records of requests (`Record.plain`); None for one that has none here."""
+        found = [self.steering.take(one) for one in request_ids]
+        return [None if record is None else record.plain() for record in found]
 
     def steerguard_logits(self, hidden: Any) -> Any:
         """Logits [tokens, vocabulary] of what the head reads [tokens, d]; on ranks that have the head."""
@@ -154,22 +158,3 @@ def entry_of(content: bytes, strength: Any = None, positions: Any = ()) -> Entry
         path.write_bytes(content)
         guard = Guard.load(path)
     return Entry(guard, None if strength is None else tuple(strength), tuple(positions))
-
-
-def plain(record: Record | None) -> dict[str, Any] | None:
-    """A record's chunks put together by position, as numpy arrays."""
-    if record is None:
-        return None
-    return {name: _joined(getattr(record, name), axis) for name, axis in (("rho", 2), ("delta", 2), ("residuals", 1), ("hidden", 0))}
-
-
-def _joined(chunks: list[tuple[int, Any]], axis: int) -> Any:
-    if not chunks:
-        return None
-    end = max(position + chunk.shape[axis] for position, chunk in chunks)
-    shape = list(chunks[0][1].shape)
-    shape[axis] = end
-    out = torch.full(shape, torch.nan)
-    for position, chunk in chunks:
-        out.narrow(axis, position, chunk.shape[axis]).copy_(chunk)
-    return out.numpy()

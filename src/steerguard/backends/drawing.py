@@ -40,19 +40,31 @@ class Draw:
 
     def __init__(self, sampling: Sampling, keys: Sequence[int], begin: int, steps: int) -> None:
         self._sampling, self._begin = sampling, begin
-        low = torch.tensor([key & MASK for key in keys])[:, None]
-        high = torch.tensor([key >> 32 for key in keys])[:, None]
-        self._keys = _mix(low ^ _mix(high + 0x1E3779B9 * torch.arange(1, steps + 1)))
+        self._keys = draw_keys(keys, torch.arange(steps).expand(len(keys), steps))
         "[rows, steps] int64, one 32-bit key for each draw"
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Perturbed scores `[rows, vocabulary]` float32 of logits of that shape."""
-        log_p = torch.log_softmax(scores.float() / self._sampling.temperature, dim=-1)
-        if self._sampling.top_p < 1:
-            log_p = nucleus(log_p, self._sampling.top_p)
-        if self._keys.device != log_p.device:
-            self._keys = self._keys.to(log_p.device)
-        return log_p + gumbel(self._keys[:, input_ids.shape[1] - self._begin], log_p.shape[-1])
+        if self._keys.device != scores.device:
+            self._keys = self._keys.to(scores.device)
+        keys = self._keys[:, input_ids.shape[1] - self._begin]
+        return perturbed(scores, self._sampling.temperature, self._sampling.top_p, keys)
+
+
+def draw_keys(keys: Sequence[int], steps: Tensor) -> Tensor:
+    """One 32-bit key for each draw, int64 `[rows, ...]`, of the rows' 64-bit keys and step numbers from 0 `[rows, ...]`."""
+    shape = (-1, *[1] * (steps.ndim - 1))
+    low = torch.tensor([key & MASK for key in keys]).view(shape)
+    high = torch.tensor([key >> 32 for key in keys]).view(shape)
+    return _mix(low ^ _mix(high + 0x1E3779B9 * (steps + 1)))
+
+
+def perturbed(logits: Tensor, temperature: float, top_p: float, keys: Tensor) -> Tensor:
+    """Scores `[rows, vocabulary]` float32 whose maximum is the token drawn from logits with draw keys `[rows]`."""
+    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        log_p = nucleus(log_p, top_p)
+    return log_p + gumbel(keys, log_p.shape[-1])
 
 
 def gumbel(keys: Tensor, vocabulary: int) -> Tensor:
