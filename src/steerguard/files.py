@@ -15,7 +15,7 @@ import reprlib
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,8 @@ MAX_HEADER = 16 * 2**20
 """Bytes of a safetensors header that are looked at; a guard's is a few kilobytes."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a guard or a trait may be called: letters, digits, dots, dashes, underscores."""
+BOM = b"\xef\xbb\xbf"
+"""What some editors put before the first byte of a text."""
 MAX_DIGITS = 20
 """Digits of an integer in JSON; longer ones are an attack or an accident."""
 
@@ -148,6 +150,14 @@ def read_bounded(path: str | os.PathLike[str], *, limit: int, error: type[InputE
     if data is None or len(data) > limit:
         raise error(f"{path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file")
     return data
+
+
+def numbered_lines(path: str | os.PathLike[str], *, limit: int, error: type[InputError]) -> Iterator[tuple[str, bytes]]:
+    """Each line of a file with where it stands, `path:line`. Blank lines, CRLF and a byte-order mark may be."""
+    data = read_bounded(path, limit=limit, error=error)
+    for number, line in enumerate(data.removeprefix(BOM).split(b"\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
 
 
 def read_tensors(

@@ -61,9 +61,9 @@ import yaml
 
 from steerguard import files
 from steerguard.errors import TraitError
-from steerguard.files import Malformed, shown
+from steerguard.files import BOM, Malformed, shown
 from steerguard.probe import MIN_PAIRS
-from steerguard.traits.grammar import BOM, MAX_BYTES, Grammar, known_schema, one_sentence, read_grammar
+from steerguard.traits.grammar import MAX_BYTES, Grammar, known_schema, one_sentence, read_grammar
 
 Pole = Literal["positive", "negative"]
 Split = Literal["train", "select", "test"]
@@ -227,16 +227,13 @@ def read_trait(folder: str | os.PathLike[str]) -> Trait:
 
 
 def _scenarios(path: Path, grammar: Grammar | None) -> Iterator[tuple[str, Scenario]]:
-    """Each scenario of a file with where it stands, `path:line`. Blank lines, CRLF and a byte-order mark may be."""
-    data = files.read_bounded(path, limit=MAX_BYTES, error=TraitError)
-    for number, line in enumerate(data.removeprefix(BOM).split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                scenario = _scenario(line, grammar)
-            except (Malformed, TraitError) as error:
-                raise TraitError(f"{where}: {error}") from error
-            yield where, scenario
+    """Each scenario of a file with where it stands, `path:line`."""
+    for where, line in files.numbered_lines(path, limit=MAX_BYTES, error=TraitError):
+        try:
+            scenario = _scenario(line, grammar)
+        except (Malformed, TraitError) as error:
+            raise TraitError(f"{where}: {error}") from error
+        yield where, scenario
 
 
 _SCENARIO: dict[str, files.Kind] = {"id": str, "category": str, "positive": str, "negative": str, "turns": list}

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from steerguard import files
 from steerguard.errors import TraitError
-from steerguard.files import Malformed, shown
+from steerguard.files import BOM, Malformed, shown
 
 Sign = Literal["claim", "positive", "negative"]
 
@@ -18,7 +18,6 @@ SCHEMA = 1
 """Version of `trait.yaml` and `grammar.json`."""
 MAX_BYTES = 32 * 2**20
 """Bytes of one file of a trait that are read."""
-BOM = b"\xef\xbb\xbf"
 SLOT = re.compile(r"\{(\w+)\}")
 
 
