@@ -6,12 +6,20 @@ raised, with what the guard itself did to a short conversation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from steerguard.backends.base import Backend
 from steerguard.backends.proof import Finding, examine
 from steerguard.guard import Guard
+
+
+@runtime_checkable
+class Examines(Protocol):
+    """A backend that has more to show than the protocol asks, such as what its cache keeps apart."""
+
+    def examine(self, guards: Sequence[Guard]) -> list[Finding]: ...
 
 
 @dataclass(frozen=True)
@@ -43,4 +51,7 @@ def check(model: Backend, *guards: Guard) -> CheckReport:
     for guard in guards:
         guard.check_model(model.identity)
     named = ", ".join(f"{guard.name} {guard.digest[:12]}" for guard in guards)
-    return CheckReport(named, model.identity.name, model.name, tuple(examine(model, guards)))
+    findings = examine(model, guards)
+    if isinstance(model, Examines):
+        findings += model.examine(guards)
+    return CheckReport(named, model.identity.name, model.name, tuple(findings))

@@ -39,7 +39,10 @@ Allow = Annotated[
     list[str],
     typer.Option("--allow-mismatch", help="a difference to waive: architecture, weights, tokenizer or chat_template"),
 ]
-BackendName = Annotated[str, typer.Option(help="hf (transformers) or fake (numpy, Llama only)")]
+BackendName = Annotated[str, typer.Option(help="hf (transformers), vllm, or fake (numpy, Llama only)")]
+Engine = Annotated[
+    list[str], typer.Option("--engine", metavar="KEY=VALUE", help="an option of the backend, such as tensor_parallel_size=2")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceMap = Annotated[str | None, typer.Option(help="where the weights go: auto, cpu, cuda, cuda:1, ...")]
 Quantization = Annotated[str | None, typer.Option(help="8bit or 4bit")]
@@ -85,6 +88,7 @@ def fit(
     allow_weak: Annotated[bool, typer.Option("--allow-weak", help="keep probes that read nothing held out")] = False,
     temperature: Temperature = 0.6, top_p: TopP = 0.9, seed: Seed = 42, max_new_tokens: MaxNewTokens = 1024,
     backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    engine: Engine = [],  # noqa: B006
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Learn one direction per layer from the model's own answers under both poles of a trait.
@@ -99,7 +103,7 @@ def fit(
         raise OutputExists(f"{out / fitting.PROBES} exists; choose another folder with -o, or pass --overwrite")
     chosen = find_trait(trait)
     sampling = _sampling(temperature, top_p, seed, max_new_tokens)
-    loaded = _load(model, backend, dtype=dtype, device_map=device_map, quantization=quantization)
+    loaded = _load(model, backend, dtype=dtype, device_map=device_map, quantization=quantization, **_engine(engine))
     with _progress() as progress:
         probes = fitting.fit(
             loaded, chosen, direction=direction, context=context, sampling=sampling,  # type: ignore[arg-type]
@@ -149,6 +153,7 @@ def ask(
     model: ModelOption = None, allow_mismatch: Allow = [],  # noqa: B006
     temperature: Temperature = 0.6, top_p: TopP = 0.9, seed: Seed = 42, max_new_tokens: MaxNewTokens = 1024,
     backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    engine: Engine = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Both answers to one question: unguarded and guarded, each token by its projection."""
     from steerguard.prompts import conversation
@@ -157,7 +162,7 @@ def ask(
     text = sys.stdin.read().strip() if question == "-" else question.strip()
     if not text:
         raise InputError('the question is empty; ask something, for example: steerguard ask honesty.guard "Who founded it?"')
-    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
     loaded_guard, loaded = _open(guard, model, allow_mismatch, backend, **options)
     sampling = _sampling(temperature, top_p, seed, max_new_tokens)
     prompt = conversation(system, [text])
@@ -171,13 +176,14 @@ def check(
     guard: GuardPath,
     model: ModelOption = None, allow_mismatch: Allow = [],  # noqa: B006
     backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    engine: Engine = [],  # noqa: B006
     json: Annotated[Path | None, typer.Option(help="also write the result to this file")] = None,
 ) -> None:  # fmt: skip
     """Is it really steering? Exit 1 if not."""
     from steerguard import checking
     from steerguard.report import terminal
 
-    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
     loaded_guard, loaded = _open(guard, model, allow_mismatch, backend, **options)
     report = checking.check(loaded, loaded_guard)
     terminal.show_check(report)
@@ -198,6 +204,22 @@ def _load(name: str, backend: str, **options: Any) -> Backend:
 
     with terminal.loading(name):
         return load(name, backend=backend, **{k: v for k, v in options.items() if v not in (None, "auto")})
+
+
+def _engine(given: list[str]) -> dict[str, Any]:
+    """Options as KEY=VALUE, the value as YAML reads it."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not equals or not key.isidentifier() or key in found:
+            raise InputError(f"--engine takes KEY=VALUE, each key once, got {one!r}")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--engine {one!r}: the value is no YAML: {' '.join(str(error).split())}") from error
+    return found
 
 
 def _open(path: Path, model: str | None, allow_mismatch: list[str], backend: str, **options: Any) -> tuple[Guard, Backend]:

@@ -18,7 +18,8 @@ from steerguard.errors import NotSteering, Unsupported
 
 def find_blocks(model: nn.Module, depth: int) -> dict[int, nn.Module]:
     """The decoder blocks that this rank holds, by their number. Raises Unsupported if they cannot be told."""
-    language = model.get_language_model() if hasattr(model, "get_language_model") else model
+    inner: Any = getattr(model, "get_language_model", None)
+    language: nn.Module = model if inner is None else inner()
     lists = [(name, m) for name, m in language.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     outer = [(name, m) for name, m in lists if not any(name.startswith(f"{other}.") for other, _ in lists if other != name)]
     if len(outer) != 1:

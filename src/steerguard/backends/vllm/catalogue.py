@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -43,6 +44,8 @@ ASKED = "steering"
 """The key under which a request says what it wants."""
 RESOLVED = "steerguard"
 """The key under which the frontend tells the engine what a request gets; no request may carry it."""
+DRAW = "draw"
+"""The key under which a request of the library carries [draw key, temperature, top_p]; see `drawing`."""
 MAX_ASKED = 16
 """Guards that one request may name."""
 
@@ -146,7 +149,9 @@ class Choice:
 
     @classmethod
     def of_args(cls, args: Mapping[str, Any]) -> Choice:
-        return cls(tuple(Act(*act) for act in args["acts"]), *args["keys"], args["start"], args["trace"], args["read"])
+        prompt_key, answer_key = args["keys"]
+        acts = tuple(Act(*act) for act in args["acts"])
+        return cls(acts, prompt_key, answer_key, args["start"], args["trace"], args["read"])
 
 
 def cache_key(args: Mapping[str, Any], prompt_tokens: int, start: int, end: int) -> tuple[str, str] | None:
@@ -277,9 +282,9 @@ class Catalogue:
         own = entry.guard
         strength = chosen.get("strength", own.rule.strength)
         if strength != own.rule.strength or isinstance(strength, bool):
+            low, high = entry.strength or (math.nan, math.nan)
             number = isinstance(strength, int | float) and not isinstance(strength, bool)
-            low, high = entry.strength or (None, None)
-            if not number or low is None or high is None or not low <= strength <= high:
+            if strength is None or not number or not low <= strength <= high:
                 allowed = f"{own.rule.strength}" if entry.strength is None else f"{low:g} to {high:g}"
                 raise InputError(f"guard {name!r}: strength {shown(strength)} is not allowed here; allowed is {allowed}")
         positions = chosen.get("positions", own.positions)

@@ -34,9 +34,9 @@ from steerguard.backends.base import (
 )
 from steerguard.backends.drawing import Text, cut, decode, pieces, row_keys
 from steerguard.backends.hf_load import LOADING, check_folder, named_ends
-from steerguard.backends.proof import audit, proven
-from steerguard.backends.vllm.catalogue import ASKED, SETTINGS
-from steerguard.backends.vllm.drawing import DRAW
+from steerguard.backends.proof import Finding, audit, proven
+from steerguard.backends.vllm.catalogue import ASKED, DRAW, SETTINGS
+from steerguard.backends.vllm.isolation import isolation
 from steerguard.errors import ContrastError, InputError, ModelError, NotSteering, PromptError, SteerguardError
 from steerguard.guard import Guard
 from steerguard.prompts import Prompt, Rendered, Reply, as_conversation, render
@@ -128,6 +128,8 @@ class _Asked:
     "the engine's own name for it"
     ids: tuple[int, ...] = ()
     finished: str = ""
+    cached: int = 0
+    "tokens of the prompt that were read from the prefix cache"
 
 
 class VllmModel:
@@ -195,7 +197,7 @@ class VllmModel:
                 f"a conversation of {len(read.ids)} tokens leaves no room for an answer in {self.identity.name}'s context of "
                 f"{self._context}; shorten it"
             )
-        return min(sampling.max_new_tokens, self._context - len(read.ids))
+        return min(sampling.max_new_tokens, int(self._context) - len(read.ids))
 
     def _add(
         self, row: _Asked, ids: Sequence[int], steering: Mapping[str, Any], *, max_tokens: int, more: Mapping[str, Any] = {}
@@ -235,7 +237,7 @@ class VllmModel:
     ) -> bool:
         """Take a row's new tokens; true if it has ended."""
         done = output.outputs[0]
-        new, row.ids = done.token_ids[len(row.ids) :], tuple(done.token_ids)
+        new, row.ids, row.cached = done.token_ids[len(row.ids) :], tuple(done.token_ids), output.num_cached_tokens or 0
         for n, token in enumerate(new):
             if token not in self._ends and row.text.push(token):  # a stop text is complete: what comes after is not wanted
                 row.ids = row.ids[: len(row.ids) - len(new) + n + 1]
@@ -334,6 +336,38 @@ class VllmModel:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds; see `Backend.pieces`."""
         return pieces(self.tokenizer, ids)
+
+    # --------------------------------------------------------------------------------- the prefix cache
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of one block of the prefix cache; 0 if there is none."""
+        config = self._engine.vllm_config.cache_config
+        return int(config.block_size) if config.enable_prefix_caching else 0
+
+    def examine(self, guards: Sequence[Guard]) -> list[Finding]:
+        """What this backend shows beyond the protocol's proof: that its prefix cache keeps configurations apart."""
+        return isolation(self, guards) if self.block_size else []
+
+    def render(self, text: str) -> list[int]:
+        """A user's text as the prompt's tokens."""
+        return list(render(self.tokenizer, as_conversation(text)).ids)
+
+    def answer(self, ids: Sequence[int], guards: Guards, steps: int) -> tuple[tuple[int, ...], int]:
+        """Greedy tokens after a prompt, without a trace, and how many of the prompt's were read from the prefix cache."""
+        row = _Asked(Rendered(tuple(ids), len(ids)), self._all(guards), Text(self.tokenizer, ()), steps)
+        self._add(row, ids, {}, max_tokens=steps)
+        self._run([row], Sampling(temperature=0.0, max_new_tokens=steps))
+        return row.ids, row.cached
+
+    def empty_cache(self) -> None:
+        """Forget all keys and values."""
+        self._llm.reset_prefix_cache()
+
+    def size_at(self, layer: int) -> float:
+        """The typical length of a residual at a layer."""
+        h = self.residuals("Say in one sentence what you did today.")[layer].astype(np.float64)
+        return float(np.median(np.linalg.norm(h, axis=-1)))
 
     # ------------------------------------------------------------------------------------------ guarding
 

@@ -15,12 +15,10 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
 from steerguard.backends.drawing import draw_keys, perturbed
-
-DRAW = "draw"
-"""The key under which a request's `extra_args` carry [key, temperature, top_p]."""
+from steerguard.backends.vllm.catalogue import DRAW
 
 
-class KeyedDraw(LogitsProcessor):
+class KeyedDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there where types are checked
     """Perturbs the rows of requests that carry a draw key, so that the largest logit is the token drawn."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:

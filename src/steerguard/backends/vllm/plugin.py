@@ -130,7 +130,7 @@ def check_supported(config: Any, settings: Settings) -> None:
 
 
 def _stock_scheduler(scheduler: Any) -> bool:
-    return scheduler.get_scheduler_cls().__module__.startswith("vllm.")
+    return str(scheduler.get_scheduler_cls().__module__).startswith("vllm.")
 
 
 # ------------------------------------------------------------------------------------------------------ frontend

@@ -221,7 +221,7 @@ class Tables:
         for at, stages in self._rows.values():
             self._account(at, stages)
         read = {layer: (table.counts.tolist(), table.sums.tolist()) for layer, table in self.layers.items()}
-        found = []
+        found: list[Mapping[str, Any]] = []
         for (name, layer), at in self._directions.items():
             counts, sums = read[layer][0][at], read[layer][1][at]
             low, scale = self.layers[layer].axis[at].tolist()

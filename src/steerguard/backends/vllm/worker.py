@@ -64,7 +64,7 @@ def install(worker: Any, settings: Settings) -> None:
 def _most_tokens(config: Any) -> int:
     """The most tokens of one forward, padding included."""
     sizes = config.compilation_config.cudagraph_capture_sizes or [0]
-    return max(config.scheduler_config.max_num_batched_tokens, *sizes) + 8
+    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes)) + 8
 
 
 def _check_owned(layers: tuple[int, ...], own: list[int], parallel: Any) -> None:
