@@ -97,9 +97,8 @@ class Settings(BaseModel):
             return None
         given = additional_config[SETTINGS]
         try:
-            if isinstance(given, Mapping):
-                guards = [{"file": g} if isinstance(g, str) else g for g in given.get("guards", ())]
-                given = {**given, "guards": guards}
+            if isinstance(given, Mapping) and isinstance(given.get("guards"), list | tuple):
+                given = {**given, "guards": [{"file": g} if isinstance(g, str) else g for g in given["guards"]]}
             return cls.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
