@@ -198,7 +198,7 @@ class Guard:
             InputError: it cannot be written there.
         """
         files.refuse_existing(path, overwrite=overwrite)
-        return files.write_atomically(path, self._to_bytes(), overwrite=overwrite)
+        return files.write_atomically(path, self.to_bytes(), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Guard:
@@ -209,7 +209,8 @@ class Guard:
         except (Malformed, InputError) as error:
             raise GuardFileError(f"{path} is not a guard that can be used: {error}") from error
 
-    def _to_bytes(self) -> bytes:
+    def to_bytes(self) -> bytes:
+        """The content of the guard's file. Raises InputError for a provenance that is too long."""
         tensors, evidence = probe_file.pack(self.probes)
         tensors["gates"] = self._rows()
         record: dict[str, Any] = {
@@ -254,7 +255,7 @@ class Guard:
         Raises:
             InputError: the hub refuses, or cannot be reached; the message has its reason.
         """
-        contents = {guard_card.HUB_FILE: self._to_bytes(), "README.md": self.card(repo_id).encode()}
+        contents = {guard_card.HUB_FILE: self.to_bytes(), "README.md": self.card(repo_id).encode()}
         return guard_card.upload(repo_id, contents, message=str(self), private=private, revision=revision, token=token)
 
     @classmethod

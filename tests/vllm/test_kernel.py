@@ -58,7 +58,7 @@ def reference(h: torch.Tensor, acting: Sequence[Guard]) -> torch.Tensor:
 @pytest.mark.parametrize("single", [False, True], ids=["pair", "single"])
 def test_every_token_gets_its_own_configuration(dtype: torch.dtype, single: bool) -> None:
     made, every = tables(dtype), guards()
-    choices: list[list[Guard]] = [[], [every[0]], [every[1]], [every[2], every[0]], [every[3], every[4], every[1]], *([g] for g in every)]
+    choices: list[list[Guard]] = [[], [every[2], every[0]], [every[3], every[4], every[1]], *([guard] for guard in every)]
     acting = [choices[i % len(choices)] for i in range(48)]
     made.fill(np.array([made.row([(guard, True) for guard in some]) for some in acting]))
     hidden, other = residual(48, dtype)
@@ -99,7 +99,7 @@ def test_counters_and_records_are_what_happened() -> None:
     steer(hidden, other, made.slots, made.layers[1])
     found = {one["guard"]: one for one in made.counters()}
     for guard in every[1:3]:
-        ((probe, gate),) = guard.gates()
+        (probe,) = guard.probes
         own = [i for i, some in enumerate(acting) if guard in some]
         stage = [acting[i].index(guard) for i in own]
         rho = np.array([float(made.layers[1].rho[k, i]) for k, i in zip(stage, own, strict=True)])

@@ -14,8 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,9 +33,10 @@ from steerguard.backends.base import (
 from steerguard.backends.drawing import Text, cut, decode, pieces, row_keys
 from steerguard.backends.hf_load import LOADING, check_folder, named_ends
 from steerguard.backends.proof import Finding, audit, proven
+from steerguard.backends.vllm import runtime
 from steerguard.backends.vllm.catalogue import ASKED, DRAW, SETTINGS
 from steerguard.backends.vllm.isolation import isolation
-from steerguard.errors import ContrastError, InputError, ModelError, NotSteering, PromptError, SteerguardError
+from steerguard.errors import ContrastError, ModelError, NotSteering, PromptError, SteerguardError
 from steerguard.guard import Guard
 from steerguard.prompts import Prompt, Rendered, Reply, as_conversation, render
 from steerguard.rules import shift
@@ -146,7 +145,6 @@ class VllmModel:
         self.tokenizer = llm.get_tokenizer()
         self._context = config.model_config.max_model_len
         self._ends = named_ends(name, self.tokenizer, revision)
-        self._catalogue = self._engine.input_processor.steerguard
         self._held: OrderedDict[str, str] = OrderedDict()
         "digest -> name in the engine of the guards that it holds, the last used at the end"
         self._entered: tuple[Guard, ...] = ()
@@ -257,13 +255,15 @@ class VllmModel:
         records = self._records([row.id for row in rows if row.guards])
         answers = []
         for i, row in enumerate(rows):
-            text = cut(decode(self.tokenizer, row.ids), sampling.stop)
+            full = decode(self.tokenizer, row.ids)
+            text = cut(full, sampling.stop)
             if on_token is not None and (rest := row.text.rest(text)):
                 on_token(i, rest)
+            stopped = row.finished == "stop" or len(text) < len(full)
             read = len(row.read.ids) + len(row.ids) - 1
             traces = _traces(row.guards, records[row.id], len(row.read.ids), read) if row.guards else ()
             answers.append(Answer(
-                text=text, prompt_ids=row.read.ids, ids=row.ids, finished=row.finished,  # type: ignore[arg-type]
+                text=text, prompt_ids=row.read.ids, ids=row.ids, finished="stop" if stopped else "length",
                 tokens_seen=_seen(row.guards, len(row.read.ids), read),
                 tokens_moved=sum(int((t.delta != 0).sum()) for t in traces),
                 shift=float(sum(np.abs(t.delta, dtype=np.float64).sum() for t in traces)), traces=traces if trace else (),
@@ -395,29 +395,13 @@ class VllmModel:
             while len(self._held) >= SPARE:
                 self._release(next(digest for digest in self._held if digest not in {one.digest for one in needed}))
             name = f"g{guard.digest[:40]}"
-            self._give(replace(guard, name=name, allow_weak=True))
+            runtime.add(self._llm, replace(guard, name=name, allow_weak=True))
             self._held[guard.digest] = name
         self._held.move_to_end(guard.digest)
         return self._held[guard.digest]
 
-    def _give(self, guard: Guard) -> None:
-        from steerguard.backends.vllm.worker import entry_of
-
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "held.guard"
-            guard.save(path)
-            content = path.read_bytes()
-        digests = self._llm.collective_rpc("steerguard_add", args=(content,))
-        if set(digests) != {guard.digest}:
-            raise NotSteering(f"ranks of the engine took up other guards than they were given: {digests}")
-        if guard.name not in self._catalogue:  # an engine in this process shares the frontend's catalogue with nobody
-            self._catalogue.add(entry_of(content))
-
     def _release(self, digest: str) -> None:
-        name = self._held[digest]
-        if not all(self._llm.collective_rpc("steerguard_remove", args=(name,))):
-            raise InputError(f"more than {SPARE} guards are asked for at once; ask in several calls")
-        self._catalogue.remove(name)
+        runtime.remove(self._llm, self._held[digest], patience=0)
         del self._held[digest]
 
 

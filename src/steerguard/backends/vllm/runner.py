@@ -27,6 +27,7 @@ def attach(runner: Any, steering: Steering) -> None:
             "vLLM's V1 and V2 runners"
         )
     _wrap(runner, "execute_model", _step(runner, steering))
+    _wrap(runner, "_dummy_run", _dummy(steering))
 
 
 def _wrap(runner: Any, method: str, make: Any) -> None:
@@ -58,6 +59,20 @@ def _v2_prepared(steering: Steering) -> Any:
             return batch
 
         return prepare_inputs
+
+    return make
+
+
+def _dummy(steering: Steering) -> Any:
+    """Dummy forwards belong to no request: what the last real one left in the slots must not act, nor be counted."""
+
+    def make(inner: Any) -> Any:
+        def dummy_run(*args: Any, **kwargs: Any) -> Any:
+            if not steering.proving:
+                steering.tables.clear()
+            return inner(*args, **kwargs)
+
+        return dummy_run
 
     return make
 

@@ -112,6 +112,8 @@ class Steering:
         self._spans: list[_Span] = []
         self.filled = False
         "whether the slots of the forward in progress were set"
+        self.proving = False
+        "whether dummy forwards are the canary's"
 
     # -------------------------------------------------------------------------------------- requests
 
@@ -248,7 +250,9 @@ class Steering:
             raise
 
     def remove(self, name: str) -> bool:
-        """Serve a guard no more; False while a running request has it."""
+        """Serve a guard no more; False while a running request has it, True if it is gone."""
+        if name not in self.catalogue:
+            return True
         if name in self.names_in_use:
             return False
         self.catalogue.remove(name)

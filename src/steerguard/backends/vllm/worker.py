@@ -6,7 +6,6 @@ worker without this module does not start.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from steerguard.backends.vllm import blocks, canary, runner
 from steerguard.backends.vllm.catalogue import Catalogue, Entry, Settings
 from steerguard.backends.vllm.steering import Steering
 from steerguard.backends.vllm.tables import Tables
-from steerguard.errors import NotSteering, Unsupported
+from steerguard.errors import InputError, NotSteering, Unsupported
 from steerguard.guard import Guard
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def prove(worker: Any) -> list[str]:
     steering, model_runner = worker.steering, worker.model_runner
 
     # attention must run: what stands in its output buffer otherwise is whatever was in that memory before
-    attention = {"force_attention": True} if "force_attention" in inspect.signature(model_runner._dummy_run).parameters else {}
+    attention = {} if worker.vllm_config.use_v2_model_runner else {"force_attention": True}
 
     def forward(size: int) -> Any:
         out, _ = model_runner._dummy_run(size, **attention)
@@ -101,7 +100,12 @@ def prove(worker: Any) -> list[str]:
 
     most = worker.vllm_config.scheduler_config.max_num_batched_tokens
     sizes = sorted({min(size, most) for size in CANARY_SIZES})
-    told = canary.prove(steering.tables, list(steering.tables.layers), forward, sizes)
+    steering.tables.clear()
+    steering.proving = True
+    try:
+        told = canary.prove(steering.tables, list(steering.tables.layers), forward, sizes)
+    finally:
+        steering.proving = False
     log.info("steerguard: proved %d layers at %s tokens", len(steering.tables.layers), " and ".join(map(str, sizes)))
     return told
 
@@ -124,11 +128,14 @@ class Extension:
         catalogue = self.steering.catalogue
         return {name: catalogue[name].guard.digest for name in catalogue}
 
-    def steerguard_add(self, content: bytes, strength: Any = None, positions: Any = ()) -> str:
-        """Serve one more guard, of a guard file's bytes; its digest."""
+    def steerguard_add(self, content: bytes, strength: Any = None, positions: Any = ()) -> dict[str, str]:
+        """Serve one more guard, of a guard file's bytes: its `digest`, or why it is `refused` and nothing was changed."""
         entry = entry_of(content, strength, positions)
-        self.steering.add(entry)
-        return entry.guard.digest
+        try:
+            self.steering.add(entry)
+        except InputError as error:
+            return {"refused": str(error)}
+        return {"digest": entry.guard.digest}
 
     def steerguard_remove(self, name: str) -> bool:
         """See `Steering.remove`."""
