@@ -31,8 +31,9 @@ class OpenLayer:
         if hidden.is_cuda:
             from steerguard.backends.vllm.kernel_triton import steer
 
-            steer(hidden, residual, self.tables.slots, self.table)
-        elif not self.tables.idle:
+            steer(hidden, residual, self.tables.slots, self.table)  # keeps in the same pass what is to be kept
+            return
+        if not self.tables.idle:
             kernel.steer(hidden, residual, self.tables.slots, self.table)
         kernel.keep(hidden, residual, self.table)
 
