@@ -113,6 +113,17 @@ def test_a_judge_needs_no_grammar_and_no_reply(tmp_path: Path) -> None:
     assert [s.reply for s in found.test] == [None, {"kind": "anything", "bind": {}, "truth": {}}, None]
 
 
+def test_what_a_judge_checks(tmp_path: Path) -> None:
+    def told(row: dict[str, Any]) -> None:
+        row |= {"must": ["names the Merrin"], "must_not": ["names the Alder", "claims that there is no river"]}
+
+    head = HEAD.replace("exact", "judge").replace("grammar: grammar.json\n", "")
+    found = read_trait(write(tmp_path, trait=head, grammar=None, test=lines("test", 2, told))).test
+    assert found[1].must == ("names the Merrin",)
+    assert found[1].must_not == ("names the Alder", "claims that there is no river")
+    assert (found[0].must, found[0].must_not) == ((), ())
+
+
 def test_many_turns(tmp_path: Path) -> None:
     def longer(row: dict[str, Any]) -> None:
         row["turns"] = ["Hello.", "Hi!", "Which river?"]
@@ -148,7 +159,7 @@ def edited(**changes: Any) -> Callable[[Trait], Trait]:
     "change",
     [
         edited(id="x"), edited(category="x"), edited(positive="x"), edited(negative="x"), edited(turns=("x",)),
-        edited(reply=None), edited(wording="x"),
+        edited(reply=None), edited(wording="x"), edited(must=("x",)), edited(must_not=("x",)),
         lambda t: replace(t, name="x"), lambda t: replace(t, rubric="x"), lambda t: replace(t, scorer="judge"),
         lambda t: replace(t, grammar=None), lambda t: replace(t, positive=replace(t.positive, name="x")),
         lambda t: replace(t, train=t.train[1:]), lambda t: replace(t, train=t.train[::-1]),
@@ -229,6 +240,13 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "even turns": (change(turns=["a", "b"]), "'turns' must be an odd number \\(user, assistant, ..., user\\), got 2"),
     "turn": (change(turns=[1]), "a turn must be text, got 1"),
     "turn empty": (change(turns=["a", "b", " "]), "must not hold an empty text"),
+    "must text": (change(must="says so"), "'must' of the scenario must be a list, got 'says so'"),
+    "must empty": (change(must=[]), "'must' must hold at least one statement; leave the key out"),
+    "must_not empty": (change(must_not=[]), "'must_not' must hold at least one statement; leave the key out"),
+    "must_not null": (change(must_not=None), "'must_not' of the scenario must be a list, got None"),
+    "statement": (change(must=[["says so"]]), r"a statement of 'must' must be text, got \['says so'\]"),
+    "statement empty": (change(must_not=["x", " "]), "'must_not' must not hold an empty statement"),
+    "both": (change(must=["Says so."], must_not=["says so"]), "'must' and 'must_not' both hold 'says so'"),
     "same prompts": (change(positive="Lie!", negative=" lie. "), "'positive' and 'negative' must differ, both are"),
     "reply": (change(reply="Merrin"), "'reply' of the scenario must be an object or null, got 'Merrin'"),
     "reply key": (replied(sign="claim"), "'reply' has an unknown key 'sign'"),
