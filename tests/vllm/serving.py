@@ -43,11 +43,11 @@ def guard(model: Any, name: str, rule: Rule, layers: Sequence[int], *, seed: int
 def guards(model: Any) -> dict[str, Guard]:
     """Guards of every of the paper's rules, both positions, that share layers 3 and 4."""
     made = (
-        guard(model, "stp", sg.StTP(12), (3,)),
-        guard(model, "stm", sg.StMP(2), (3,), seed=1),
-        guard(model, "add", sg.SwFC(2), (4,), seed=2, positions="response"),
-        guard(model, "late", sg.StTP(6), (4,), seed=3, positions="response"),
-        guard(model, "two", sg.StMP(1.5), (3, 4), seed=4),
+        guard(model, "stp", sg.StTP(36), (3,)),
+        guard(model, "stm", sg.StMP(4), (3,), seed=1),
+        guard(model, "add", sg.SwFC(4), (4,), seed=2, positions="response"),
+        guard(model, "late", sg.StTP(30), (4,), seed=3, positions="response"),
+        guard(model, "two", sg.StMP(3), (3, 4), seed=4),
     )
     return {one.name: one for one in made}
 
