@@ -77,7 +77,9 @@ def check(catalogue: Catalogue, path: str, body: bytes) -> None:
             raise InputError(f"{path} does not read {shown('.'.join(place))}; {means}")
     if len(places) > 1:
         raise InputError(f"{ASKED!r} stands in {' and in '.join('.'.join(place) for place in places)}; say it once")
-    for value in places.values():
+    for place, value in places.items():
+        if place == XARGS and isinstance(value, dict):
+            raise InputError(f"vLLM takes text in vllm_xargs: write {ASKED!r} as a JSON string there, or beside it as it is")
         catalogue.choose(value)
 
 
