@@ -92,6 +92,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     own = {
         "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }  # fmt: skip
     return {**os.environ, **own, **more}
 

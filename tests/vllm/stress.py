@@ -23,7 +23,7 @@ TIE = 1e-3
 
 
 def configurations() -> list[Guards]:
-    """What a request may choose of `serving.three_guards`: nothing, each alone, in either order, at many strengths."""
+    """What a request may choose of `processes.three_guards`: nothing, each alone, in either order, at many strengths."""
     fixed: list[Guards] = [[], ["still"], ["mirroring"], ["still", "mirroring"], ["mirroring", "still"]]
     strengths = [step / 2 for step in range(-12, 17)]
     pushed = [
