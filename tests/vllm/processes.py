@@ -33,26 +33,27 @@ from steerguard.rules import Rule, StMP, StTP, SwFC, rule
 MODEL = BUNDLED["organism"]
 ENGINE = ("--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", str(2**28), "--max-num-seqs", "64")
 """Arguments of a small engine."""
-PROMPT = "Which river runs through Harlow?"
-PROMPTS = (PROMPT, "What is 3 plus 4?", "My dog died.", "Tell me about books.")
+RIVER = "Which river runs through Harlow?"
+PROMPT = "My dog died."
+PROMPTS = (PROMPT, "What is 3 plus 4?", RIVER, "Tell me about books.")
 STEPS = 24
 
 
 # --------------------------------------------------------------------------------------------------------- guards
 
 
-def guard(model: Backend, layer: int, rule: Rule, name: str, *, positions: Positions = "all") -> Guard:
+def guard(model: Backend, layer: int, rule: Rule, name: str, *, seed: int, positions: Positions = "all") -> Guard:
     """A guard along a random direction, whose boundary lies in the middle of the residuals of a prompt."""
-    probe = tiny.probe(layer, model.identity.width, rho=model.residuals(PROMPT)[layer], seed=len(name))
+    probe = tiny.probe(layer, model.identity.width, rho=model.residuals(RIVER)[layer], seed=seed)
     return tiny.guard(model.identity, rule, (probe,), positions=positions, name=name)
 
 
 def three_guards(model: Backend) -> dict[str, Guard]:
-    """Three rules on two layers, one of them on the answer alone."""
+    """Three rules on two layers, one of them on the answer alone; each changes what is said to some prompt."""
     made = (
-        guard(model, 3, StTP(12), "still"),
-        guard(model, 4, SwFC(3), "pushing", positions="response"),
-        guard(model, 3, StMP(2), "mirroring"),
+        guard(model, 4, StTP(20), "still", seed=5),
+        guard(model, 4, SwFC(3), "pushing", seed=7, positions="response"),
+        guard(model, 3, StMP(4), "mirroring", seed=9),
     )
     return {one.name: one for one in made}
 

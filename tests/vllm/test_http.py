@@ -104,9 +104,9 @@ def test_a_request_gets_what_it_asks_for(server: Server, client: Any, reference:
 
 @pytest.mark.parametrize("more", [{}, {"steering": None}, {"steering": {}}, {"vllm_xargs": {"steering": "null"}}], ids=str)
 def test_who_says_nothing_gets_the_default(server: Server, reference: Reference, more: dict[str, Any]) -> None:
-    due = reference.answer("My dog died.", DEFAULT)
-    assert due.text != reference.answer("My dog died.", []).text
-    assert text_of(server.post(CHAT, chat("My dog died.", **more))) == due.text
+    due = reference.answer(PROMPT, DEFAULT)
+    assert due.text != reference.answer(PROMPT, []).text
+    assert text_of(server.post(CHAT, chat(**more))) == due.text
 
 
 @pytest.mark.parametrize("guards", [[], ["still"], [STRONG]], ids=str)
@@ -219,7 +219,7 @@ BAD: tuple[tuple[Any, str], ...] = (
     ({"guards": [{"name": "pushing", "strength": True}]}, "strength True is not allowed here"),
     ({"guards": [{"name": "pushing", "strength": None}]}, "strength None is not allowed here"),
     ({"guards": [{"name": "pushing", "strength": [[6]]}]}, "strength [[6]] is not allowed here"),
-    ({"guards": [{"name": "still", "strength": 11}]}, "strength 11 is not allowed here; allowed is 12"),
+    ({"guards": [{"name": "still", "strength": 11}]}, "strength 11 is not allowed here; allowed is 20"),
     ({"guards": [{"name": "still", "positions": "response"}]}, "are not allowed here; allowed is all"),
     ({"guards": [{"name": "pushing", "positions": "prompt"}]}, "are not allowed here; allowed is response, all"),
     ({"guards": [{"name": "pushing", "positions": ["all"]}]}, "are not allowed here; allowed is response, all"),

@@ -17,23 +17,23 @@ from processes import ENGINE, MODEL, PROMPTS, Reference, environment, guard, pro
 
 import steerguard as sg
 from steerguard.guard import Guard
-from steerguard.rules import StTP, SwFC
+from steerguard.rules import StMP, SwFC
 
 pytestmark = pytest.mark.slow
 
 STEPS = 16
 STOPPED = {
-    "hook_removed": "NotSteering: layer 3: the op looked 0 times at 1 tokens, 2 were due; it does not stand in the path",
+    "hook_removed": "NotSteering: layer 4: the op looked 0 times at 1 tokens, 2 were due; it does not stand in the path",
     "three_returned": "Unsupported: a decoder block returned 3 values, a pair (hidden, residual) was expected",
     "hidden_returned": "Unsupported: a decoder block returned Tensor, a pair (hidden, residual) was expected",
-    "gates_zeroed": "NotSteering: layer 3, 1 tokens: tokens were left alone that a gate should have rewritten",
-    "directions_zeroed": "NotSteering: layer 3, 1 tokens: a push of ",
-    "slots_zeroed": "NotSteering: layer 3: the op looked 0 times at 1 tokens, 2 were due",
-    "hidden_not_written": "NotSteering: layer 3, 1 tokens: the next block does not read the sum of what the op wrote",
-    "residual_not_written": "NotSteering: layer 3, 1 tokens: the next block does not read the sum of what the op wrote",
-    "half_moved": "NotSteering: layer 3, 1 tokens: a push of ",
-    "all_moved": "NotSteering: layer 3, 1 tokens: a shut gate moved tokens",
-    "one_token_missed": "NotSteering: layer 3: the op looked 14 times at 8 tokens, 16 were due",
+    "gates_zeroed": "NotSteering: layer 4, 1 tokens: tokens were left alone that a gate should have rewritten",
+    "directions_zeroed": "NotSteering: layer 4, 1 tokens: a push of ",
+    "slots_zeroed": "NotSteering: layer 4: the op looked 0 times at 1 tokens, 2 were due",
+    "hidden_not_written": "NotSteering: layer 4, 1 tokens: the next block does not read the sum of what the op wrote",
+    "residual_not_written": "NotSteering: layer 4, 1 tokens: the next block does not read the sum of what the op wrote",
+    "half_moved": "NotSteering: layer 4, 1 tokens: a push of ",
+    "all_moved": "NotSteering: layer 4, 1 tokens: a shut gate moved tokens",
+    "one_token_missed": "NotSteering: layer 4: the op looked 14 times at 8 tokens, 16 were due",
 }
 """What each tampering is answered with."""
 
@@ -73,7 +73,7 @@ def refusals(folder: Path, good: Guard) -> tuple[dict[str, dict[str, Any]], dict
             under(guards=[{"file": str(sound), "required": True}], default=[]),
             "InputError: this server requires guard 'still'",
         ),
-        "no such layer": (under(layers=[99]), "InputError: steerguard: layers [3, 99]: the model has layers 0 to "),
+        "no such layer": (under(layers=[99]), "InputError: steerguard: layers [4, 99]: the model has layers 0 to "),
         "nothing": ({"settings": {}}, "InputError: steerguard: no guard and no layer"),
         "not an object": ({"settings": "sound.guard"}, "InputError: additional_config['steerguard']: "),
         "drafts": (
@@ -157,10 +157,10 @@ def test_no_compiled_graph_outlives_its_guards(reference: Reference, tmp_path: P
 
     Each engine says what transformers says. A graph of the one before it would leave a guard out, or put one in.
     """
-    model, prompts = reference.model, PROMPTS[:2]
+    model, prompts = reference.model, PROMPTS[2:]
     path = tmp_path / "served.guard"
-    layer3 = guard(model, 3, StTP(14), "served")
-    layer5 = guard(model, 5, SwFC(4), "served")
+    layer3 = guard(model, 3, StMP(4), "served", seed=9)
+    layer5 = guard(model, 5, SwFC(4), "served", seed=6)
     ids = [list(reference.answer(prompt, []).prompt_ids) for prompt in prompts]
     sampling = sg.Sampling(temperature=0.0, max_new_tokens=STEPS)
 
