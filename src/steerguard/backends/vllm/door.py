@@ -48,16 +48,16 @@ class Door:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or (catalogue := _catalogue(scope)) is None:
-            return await self.app(scope, receive, send)
-        body, receive = await _body(receive)
-        if _SPEAKS.search(body) and not _headers(scope).get(b"content-type", b"").startswith(b"multipart/"):
-            path = scope["path"].removeprefix(scope.get("root_path") or "").rstrip("/")
-            try:
-                check(catalogue, path, body)
-            except InputError as error:
-                return await _refusal(str(error))(scope, receive, send)
-        return await self.app(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] == "POST" and (catalogue := _catalogue(scope)) is not None:
+            body, receive = await _body(receive)
+            if _SPEAKS.search(body) and not dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/"):
+                path = scope["path"].removeprefix(scope.get("root_path") or "").rstrip("/")
+                try:
+                    check(catalogue, path, body)
+                except InputError as error:
+                    await _refuse(send, str(error))
+                    return
+        await self.app(scope, receive, send)
 
 
 def check(catalogue: Catalogue, path: str, body: bytes) -> None:
@@ -109,10 +109,6 @@ def _catalogue(scope: Any) -> Catalogue | None:
     return found
 
 
-def _headers(scope: Any) -> dict[bytes, bytes]:
-    return dict(scope["headers"])
-
-
 async def _body(receive: Any) -> tuple[bytes, Any]:
     """The body, and a `receive` that says it again and goes on."""
     messages = []
@@ -129,8 +125,9 @@ async def _body(receive: Any) -> tuple[bytes, Any]:
     return b"".join(message.get("body", b"") for message in messages), again
 
 
-def _refusal(message: str) -> Any:
-    from starlette.responses import JSONResponse
-
+async def _refuse(send: Any, message: str) -> None:
     error = {"message": message, "type": "BadRequestError", "param": ASKED, "code": 400}
-    return JSONResponse({"error": error}, status_code=400)
+    said = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(said)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": said})
