@@ -337,6 +337,24 @@ def test_the_server_goes_on_after_all_that(server: Server, reference: Reference)
         assert text_of(server.post(CHAT, chat(**asked(guards)))) == reference.answer(PROMPT, guards).text
 
 
+def test_an_engine_without_guards_lets_nobody_choose() -> None:
+    """What it would not honour it does not ignore; who says nothing is served as by vLLM alone."""
+    from types import SimpleNamespace
+
+    from vllm.exceptions import VLLMValidationError
+
+    from steerguard.backends.vllm.plugin import _decided
+    from vllm import SamplingParams
+
+    def decided(**args: Any) -> Any:
+        unguarded = SimpleNamespace(steerguard=None)
+        return _decided(lambda *_: "vLLM's own", unguarded, "1", {}, SamplingParams(**args))
+
+    with pytest.raises(VLLMValidationError, match="serves no guards"):
+        decided(extra_args=asked(["still"]))
+    assert decided() == decided(extra_args={"other": 1}) == "vLLM's own"
+
+
 # ------------------------------------------------------------------------------------------------------- in a crowd
 
 

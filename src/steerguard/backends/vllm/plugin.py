@@ -145,6 +145,8 @@ def _fronted(inner: Any, processor: Any, vllm_config: Any, *rest: Any, **kwargs:
 def _decided(inner: Any, processor: Any, request_id: str, prompt: Any, params: Any, *rest: Any, **kwargs: Any) -> Any:
     catalogue: Catalogue | None = processor.steerguard
     if catalogue is None:
+        if ASKED in (getattr(params, "extra_args", None) or {}):
+            raise _bad_request(f"this engine serves no guards, so there is nothing to choose under {ASKED!r}; see {SETTINGS!r}")
         return inner(processor, request_id, prompt, params, *rest, **kwargs)
     if kwargs.get("resumable"):
         raise _bad_request("sessions whose input streams in cannot be guarded; send the whole conversation")
