@@ -6,6 +6,7 @@ whole model. What is found is refused rather than guessed: the proof after warm-
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def open_layers(
             if name in context:
                 raise NotSteering(f"layer {layer} is open already: two installations in one engine")
             context[name] = OpenLayer(tables.layers[layer], tables)
-            handles[layer] = blocks[layer].register_forward_hook(_hook(name))
+            handles[layer] = blocks[layer].register_forward_hook(_hook(blocks[layer], name))
     except BaseException:
         close_layers(handles, context)
         raise
@@ -59,8 +60,10 @@ def close_layers(handles: dict[int, Any], context: dict[str, Any]) -> None:
         context.pop(f"{PREFIX}{layer}", None)
 
 
-def _hook(name: str) -> Any:
+def _hook(block: nn.Module, name: str) -> Any:
+    pair = "residual" in inspect.signature(block.forward).parameters
+
     def hook(module: Any, args: Any, output: Any) -> Any:
-        return steer_output(output, name)
+        return steer_output(output, name, pair=pair)
 
     return hook

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steerguard.backends.vllm import kernel
 from steerguard.backends.vllm.tables import LayerTables, Tables
+from steerguard.errors import Unsupported
 
 ABI = 1
 """Changes whenever what is traced into the graph changes; part of the engine's compile key."""
@@ -63,10 +64,21 @@ torch.library.register_fake("steerguard::steer_pair", lambda hidden, residual, n
 torch.library.register_fake("steerguard::steer_single", lambda hidden, name: None, lib=_library)
 
 
-def steer_output(output: Any, name: str) -> Any:
-    """What a block returned, corrected: a (hidden, residual) pair, or one tensor. Traced into the graph."""
-    if isinstance(output, Tensor):
+def steer_output(output: Any, name: str, *, pair: bool) -> Any:
+    """What a block returned, corrected: a (hidden, residual) pair, or one tensor. Traced into the graph.
+
+    Args:
+        pair: whether the block takes a residual beside what is hidden, and so has to return both.
+
+    Raises:
+        Unsupported: it returned something else, of which nobody knows what the next block makes.
+    """
+    if isinstance(output, Tensor) and not pair:
         torch.ops.steerguard.steer_single(output, name)
-    else:
+    elif isinstance(output, tuple) and len(output) == 2 and all(isinstance(one, Tensor) for one in output):
         torch.ops.steerguard.steer_pair(output[0], output[1], name)
+    else:
+        got = f"{len(output)} values" if isinstance(output, tuple | list) else type(output).__name__
+        due = "a pair (hidden, residual)" if pair else "one tensor or a pair (hidden, residual)"
+        raise Unsupported(f"a decoder block returned {got}, {due} was expected; this architecture is not supported on vLLM yet")
     return output

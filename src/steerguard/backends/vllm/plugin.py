@@ -145,6 +145,8 @@ def _fronted(inner: Any, processor: Any, vllm_config: Any, *rest: Any, **kwargs:
 def _decided(inner: Any, processor: Any, request_id: str, prompt: Any, params: Any, *rest: Any, **kwargs: Any) -> Any:
     catalogue: Catalogue | None = processor.steerguard
     if catalogue is None:
+        if ASKED in (getattr(params, "extra_args", None) or {}):
+            raise _bad_request(f"this engine serves no guards, so there is nothing to choose under {ASKED!r}; see {SETTINGS!r}")
         return inner(processor, request_id, prompt, params, *rest, **kwargs)
     if kwargs.get("resumable"):
         raise _bad_request("sessions whose input streams in cannot be guarded; send the whole conversation")
@@ -174,17 +176,40 @@ def _bad_request(message: str) -> Exception:
 
 
 def _speak_openai() -> None:
-    """Let a request's body have a `steering` object of its own, beside `vllm_xargs`."""
+    """Let a request's body have a `steering` object of its own, beside `vllm_xargs`; see `door` for what they drop."""
+    from vllm.entrypoints.launchers import app
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    for cls in (ChatCompletionRequest, CompletionRequest):
+    for cls in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         _wrap(cls, "to_sampling_params", _with_body)
+    for cls in (ChatCompletionRequest, CompletionRequest):
+        _wrap(cls, "to_beam_search_params", _beams)
+    _wrap(app, "init_entrypoints_middleware", _doored)
+
+
+def _doored(inner: Any, args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
+    from steerguard.backends.vllm.door import Door
+
+    app.add_middleware(Door)  # first, so that it stands behind authentication
+    inner(args, app, *rest, **kwargs)
+
+
+def _said(request: Any) -> dict[str, Any]:
+    """What a request's body says of steering beside `vllm_xargs`."""
+    return {key: value for key, value in (request.model_extra or {}).items() if "steer" in key.casefold()}
+
+
+def _beams(inner: Any, request: Any, *rest: Any, **kwargs: Any) -> Any:
+    if _said(request) or any("steer" in key.casefold() for key in request.vllm_xargs or {}):
+        raise _bad_request(f"beam search cannot choose guards and has the server's default; leave out {ASKED!r} or the beams")
+    return inner(request, *rest, **kwargs)
 
 
 def _with_body(inner: Any, request: Any, *rest: Any, **kwargs: Any) -> Any:
     params = inner(request, *rest, **kwargs)
-    ours = {key: value for key, value in (request.model_extra or {}).items() if "steer" in key.casefold()}
+    ours = _said(request)
     if ours:
         given = dict(params.extra_args or {})
         if set(ours) & set(given):

@@ -115,6 +115,9 @@ class Steering:
         self.proving = False
         "whether dummy forwards are the canary's"
 
+    def __len__(self) -> int:
+        return len(self._live)
+
     # -------------------------------------------------------------------------------------- requests
 
     def begin(self, new: Iterable[Any], finished: Iterable[str]) -> None:

@@ -153,6 +153,10 @@ class Extension:
             logits = runner.model.compute_logits(torch.from_numpy(hidden).to(runner.device, runner.dtype))
         return None if logits is None else logits.float().cpu().numpy()
 
+    def steerguard_held(self) -> dict[str, int]:
+        """How many requests this worker knows of; none, once all have ended and it has taken a step."""
+        return {"requests": len(self.steering)}
+
     def steerguard_layers(self) -> list[int]:
         """The open layers of this rank."""
         return list(self.steering.tables.layers)
