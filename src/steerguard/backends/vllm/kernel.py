@@ -4,7 +4,8 @@ It is `rules.correct` for a table of rows: the same projection, the same shift, 
 residual comes as what a vLLM block returns: the sum of a pair (hidden, residual), or one tensor. Where a token moves,
 its whole new residual is written to one half and 0 to the other, so that their sum is exactly what `correct` says.
 
-The Triton kernel does the same in one pass on a GPU; this one is its reference.
+`kernel_triton` does the same in one pass on a GPU, and `kernel_loop` on a CPU; this one is their reference, and what runs
+where neither fits.
 """
 
 from __future__ import annotations

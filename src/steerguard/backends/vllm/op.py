@@ -35,7 +35,10 @@ class OpenLayer:
             steer(hidden, residual, self.tables.slots, self.table)  # keeps in the same pass what is to be kept
             return
         if not self.tables.idle:
-            kernel.steer(hidden, residual, self.tables.slots, self.table)
+            from steerguard.backends.vllm import kernel_loop
+
+            on_host = kernel_loop.steer if kernel_loop.fits(hidden, residual) else kernel.steer
+            on_host(hidden, residual, self.tables.slots, self.table)
         kernel.keep(hidden, residual, self.table)
 
 

@@ -10,7 +10,7 @@ This module knows requests as vLLM names them, choices and rows. What it calls o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,24 @@ class Live:
 
 
 @dataclass(frozen=True)
+class _Batch:
+    """The requests of a forward, in the order of their tokens, and their rows; the same for step after step of decoding."""
+
+    ids: list[str]
+    lives: list[Live]
+    starts: npt.NDArray[Any]
+    "[requests] position of the answer's first token"
+    prompt: npt.NDArray[Any]
+    "[requests] the row of the prompt's tokens"
+    answer: npt.NDArray[Any]
+    "[requests] the row of the answer's"
+    acts: bool
+    "whether any row is not 0"
+    records: bool
+    "whether anything is kept of any request"
+
+
+@dataclass(frozen=True)
 class _Span:
     """The tokens of one request in the forward in progress, of which something is kept."""
 
@@ -102,6 +120,14 @@ class _Span:
     "absolute position of the first token"
 
 
+def _spread(batch: _Batch, scheduled: npt.NDArray[Any], computed: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The row of each token of a forward that has several of a request."""
+    owner = np.repeat(np.arange(len(scheduled)), scheduled)
+    first = computed - (np.cumsum(scheduled) - scheduled)
+    positions = first[owner] + np.arange(len(owner))
+    return np.where(positions >= batch.starts[owner], batch.answer[owner], batch.prompt[owner])
+
+
 class Steering:
     """The choices of the requests that run in one worker."""
 
@@ -110,6 +136,8 @@ class Steering:
         self._live: dict[str, Live] = {}
         self._records: dict[str, Record] = {}
         self._spans: list[_Span] = []
+        self._batch: _Batch | None = None
+        "of the last forward; None once a request or a guard has come or gone"
         self.filled = False
         "whether the slots of the forward in progress were set"
         self.proving = False
@@ -120,12 +148,14 @@ class Steering:
 
     # -------------------------------------------------------------------------------------- requests
 
-    def begin(self, new: Iterable[Any], finished: Iterable[str]) -> None:
+    def begin(self, new: Collection[Any], finished: Collection[str]) -> None:
         """Take up the requests that are new (or come back), forget those that ended.
 
         Raises:
             NotSteering: a request that did not come through the frontend, so that nobody decided what guards it.
         """
+        if new or finished:
+            self._batch = None
         for request_id in finished:
             live = self._live.pop(request_id, None)
             if live is not None and live.record is not None:
@@ -170,31 +200,38 @@ class Steering:
             scheduled: [requests] tokens of each in this forward.
             computed: [requests] tokens of each before it.
         """
+        batch = self._batch
+        if batch is None or batch.ids != request_ids:
+            batch = self._batch = self._rows_of(request_ids)
+        # 1. each token by its absolute position
+        if not batch.acts:
+            self.tables.clear()
+        elif int(scheduled.sum()) == len(batch.ids):  # one token each: nothing to spread
+            self.tables.fill(np.where(computed >= batch.starts, batch.answer, batch.prompt))
+        else:
+            self.tables.fill(_spread(batch, scheduled, computed))
+        # 2. whose tokens are to be kept afterwards
+        self._spans = []
+        if batch.records:
+            self._spans = [
+                _Span(live, live.record, int(end - count), int(end), int(before))
+                for live, count, end, before in zip(batch.lives, scheduled, np.cumsum(scheduled), computed, strict=True)
+                if live.record is not None
+            ]
+        self.filled = True
+
+    def _rows_of(self, request_ids: Sequence[str]) -> _Batch:
+        """The rows of each request's prompt and answer, none evicted that another one needs."""
         lives = [self._live[request_id] for request_id in request_ids]
-        # 1. the rows of each request's prompt and answer, none evicted that another one needs
-        rows = np.zeros((len(lives), 2), np.int64)
+        rows = np.zeros((2, len(lives)), np.int64)
         in_use: list[int] = []
         for i, live in enumerate(lives):
             for part, stages in enumerate((live.prompt, live.answer)):
-                rows[i, part] = self.tables.row(stages, in_use)
-                in_use.append(int(rows[i, part]))
-        # 2. each token by its absolute position
-        ends = np.cumsum(scheduled)
-        if rows.any():
-            starts = np.array([live.start for live in lives])
-            first = np.repeat(computed - (ends - scheduled), scheduled)
-            positions = first + np.arange(int(ends[-1]))
-            answered = positions >= np.repeat(starts, scheduled)
-            self.tables.fill(np.where(answered, np.repeat(rows[:, 1], scheduled), np.repeat(rows[:, 0], scheduled)))
-        else:
-            self.tables.clear()
-        # 3. whose tokens are to be kept afterwards
-        self._spans = [
-            _Span(live, live.record, int(end - count), int(end), int(before))
-            for live, count, end, before in zip(lives, scheduled, ends, computed, strict=True)
-            if live.record is not None
-        ]
-        self.filled = True
+                rows[part, i] = self.tables.row(stages, in_use)
+                in_use.append(int(rows[part, i]))
+        starts = np.array([live.start for live in lives], np.int64)
+        records = any(live.record is not None for live in lives)
+        return _Batch(list(request_ids), lives, starts, rows[0], rows[1], bool(rows.any()), records)
 
     def after(self, hidden: Any) -> None:
         """Keep what the records want of the forward that has run; `hidden` [tokens, d] is what the head reads, if any.
@@ -245,6 +282,7 @@ class Steering:
 
     def add(self, entry: Any) -> None:
         """Serve one more guard; all or nothing."""
+        self._batch = None
         self.catalogue.add(entry)
         try:
             self.tables.add(entry.guard)
@@ -258,6 +296,7 @@ class Steering:
             return True
         if name in self.names_in_use:
             return False
+        self._batch = None
         self.catalogue.remove(name)
         self.tables.remove(name)
         return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,12 @@ class LayerTables:
             rho=zeros(stages, tokens), delta=zeros(stages, tokens), kept=zeros(tokens, width, dtype=dtype) if keep else None,
         )  # fmt: skip
 
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
+        """On a CPU: the same memory as arrays, in the order of the fields, without what is kept."""
+        tensors = (self.v, self.direction, self.gates, self.axis, self.counts, self.sums, self.rho, self.delta)
+        return tuple(one.numpy() for one in tensors)
+
 
 class Tables:
     """The buffers of every open layer, and which row each configuration has.
@@ -100,7 +107,9 @@ class Tables:
         "[T] the row of each token of the forward in progress"
         self.idle = True
         "whether every slot is 0: then a host that runs the op itself need not look"
-        self._pinned = torch.zeros(tokens, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+        self._pinned = torch.zeros(tokens, dtype=torch.int32, pin_memory=True) if self.slots.is_cuda else self.slots
+        "what is written on the host: on a CPU the slots themselves"
+        self._host = self._pinned.numpy()
         self._filled = 0
         self._rows: OrderedDict[_Key, tuple[int, tuple[Stage, ...]]] = OrderedDict()
         self._free_rows = list(range(rows - 2, 0, -1))
@@ -196,10 +205,10 @@ class Tables:
             return
         self._seen += np.bincount(rows, minlength=len(self._seen))
         end = max(count, self._filled)
-        host = self._pinned.numpy()
-        host[:count] = rows
-        host[count:end] = 0
-        self.slots[:end].copy_(self._pinned[:end], non_blocking=True)
+        self._host[:count] = rows
+        self._host[count:end] = 0
+        if self._pinned is not self.slots:
+            self.slots[:end].copy_(self._pinned[:end], non_blocking=True)
         self._filled, self.idle = (0, True) if idle else (count, False)
 
     def clear(self, uncounted: int = 0) -> None:
