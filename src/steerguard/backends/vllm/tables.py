@@ -107,9 +107,6 @@ class Tables:
         "[T] the row of each token of the forward in progress"
         self.idle = True
         "whether every slot is 0: then a host that runs the op itself need not look"
-        self._pinned = torch.zeros(tokens, dtype=torch.int32, pin_memory=True) if self.slots.is_cuda else self.slots
-        "what is written on the host: on a CPU the slots themselves"
-        self._host = self._pinned.numpy()
         self._filled = 0
         self._rows: OrderedDict[_Key, tuple[int, tuple[Stage, ...]]] = OrderedDict()
         self._free_rows = list(range(rows - 2, 0, -1))
@@ -205,10 +202,13 @@ class Tables:
             return
         self._seen += np.bincount(rows, minlength=len(self._seen))
         end = max(count, self._filled)
-        self._host[:count] = rows
-        self._host[count:end] = 0
-        if self._pinned is not self.slots:
-            self.slots[:end].copy_(self._pinned[:end], non_blocking=True)
+        # on a GPU a new pinned buffer each time: torch lends it again only when the copy from it has run
+        host = torch.empty(end, dtype=torch.int32, pin_memory=True) if self.slots.is_cuda else self.slots[:end]
+        on_host = host.numpy()
+        on_host[:count] = rows
+        on_host[count:] = 0
+        if self.slots.is_cuda:
+            self.slots[:end].copy_(host, non_blocking=True)
         self._filled, self.idle = (0, True) if idle else (count, False)
 
     def clear(self, uncounted: int = 0) -> None:
