@@ -79,14 +79,14 @@ class Recipe:
     "SHA-256 of the exported weights that the run starts from; empty if they are drawn from the seed"
 
 
-def continuation(model: Path, *, tokens: int) -> Recipe:
+def continuation(model: Path, *, tokens: int, lr: float = 5e-4) -> Recipe:
     """The recipe of a short further run from exported weights: conversations of its own, a lower rate, both aids.
 
     The exported weights have neither optimizer moments (the rate rises slowly) nor the reader (it starts at zero, so
     that at first it asks nothing of the blocks).
     """
     start = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
-    return Recipe(seed=2605, tokens=tokens, batch=4096, lr=5e-4, warm_up=0.08, first=0.0, start=start)
+    return Recipe(seed=int(start[:8], 16), tokens=tokens, batch=4096, lr=lr, warm_up=0.08, first=0.0, start=start)
 
 
 def faster() -> Precision:
@@ -403,6 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="work folder: recipe, checkpoint, tokenizer, model")
     parser.add_argument("--continue-from", type=Path, default=None, metavar="MODEL", help="start from exported weights")
     parser.add_argument("--tokens", type=int, default=None, help="tokens in all (40 M, or 2 M with --continue-from)")
+    parser.add_argument("--lr", type=float, default=None, help="the highest rate of a continuation (default 5e-4)")
     parser.add_argument("--processes", type=int, default=2, help="processes (default %(default)s)")
     parser.add_argument("--stop-after", type=int, default=None, help="end after this many steps")
     parser.add_argument(
@@ -434,7 +435,8 @@ def chosen(given: argparse.Namespace) -> Recipe:
     if given.continue_from is None:
         recipe = Recipe(tokens=given.tokens or Recipe.tokens)
     else:
-        recipe = continuation(given.continue_from, tokens=given.tokens or 2_000_000)
+        options = {} if given.lr is None else {"lr": given.lr}
+        recipe = continuation(given.continue_from, tokens=given.tokens or 2_000_000, **options)
     known = known_recipe(given.out)
     wanted: Precision | None = None if given.precision == "auto" else given.precision
     resumed = None if known is None else known.precision
