@@ -7,10 +7,15 @@ conversations to show. It measures and chooses with the same functions as everyb
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
+
+import torch
 
 import steerguard
 from steerguard.backends import load
@@ -112,26 +117,48 @@ def run(out: Path, *, traits: Sequence[str] = tuple(TRAITS), progress: Stage | N
         if name not in TRAITS:
             raise InputError(f"the bundled model has no trait {name!r}; it has {', '.join(TRAITS)}")
     start = time.monotonic()
-    model = load("organism")
-    unguarded = capability(model, sampling=SAMPLING)
-    results, paths = [], []
-    for name in traits:
-        stage = _named(progress, name)
-        data = trait(TRAITS[name])
-        probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
-        probes.save(out / name, overwrite=True)
-        found = sweep(
-            model, data, probes, settings=grid(probes), benign=benign(), screen=SCREEN, sampling=SAMPLING, progress=stage
-        )  # fmt: skip
-        results.append(_test(model, data, found, unguarded, stage))
-        for rule in found.best:
-            path = out / f"{name}-{rule}.guard"
-            found.guard_of(rule).save(path, overwrite=True)
-            paths.append(path)
-    return DemoResult(results, paths, time.monotonic() - start)
+    models = [load("organism") for _ in traits]
+    stop = Event()
+    with _shared_processor(len(traits)), ThreadPoolExecutor(len(traits) + 1) as pool:
+        unguarded = pool.submit(capability, models[0], sampling=SAMPLING)
+        work = [
+            pool.submit(_line, model, name, out, unguarded, _stage(progress, name, stop))
+            for model, name in zip(models, traits, strict=True)
+        ]
+        try:
+            done = [one.result() for one in work]
+        finally:
+            stop.set()  # after an error or Ctrl-C, the other trait ends at its next report
+    return DemoResult([result for result, _ in done], [path for _, paths in done for path in paths], time.monotonic() - start)
 
 
-def _test(model: Backend, data: Trait, found: Sweep, unguarded: float, progress: Stage | None) -> TraitResult:
+@contextmanager
+def _shared_processor(n: int) -> Iterator[None]:
+    """Inside, torch takes the n-th part of its threads: on a model this small, n lines side by side are faster than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // n))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _line(model: Backend, name: str, out: Path, unguarded: Future[float], stage: Stage) -> tuple[TraitResult, list[Path]]:
+    """Fit, sweep, test and save for one trait."""
+    data = trait(TRAITS[name])
+    probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
+    probes.save(out / name, overwrite=True)
+    found = sweep(
+        model, data, probes, settings=grid(probes), benign=benign(), screen=SCREEN, sampling=SAMPLING, progress=stage
+    )  # fmt: skip
+    result = _test(model, data, found, unguarded, stage)
+    paths = {rule: out / f"{name}-{rule}.guard" for rule in found.best}
+    for rule, path in paths.items():
+        found.guard_of(rule).save(path, overwrite=True)
+    return result, list(paths.values())
+
+
+def _test(model: Backend, data: Trait, found: Sweep, unguarded: Future[float], progress: Stage) -> TraitResult:
     """The test split, read once: every arm's answers, the neutral prompts, and the examples.
 
     A rule that benign prompts alone refused is tested too, where it would have stood: what it would cost is a result.
@@ -139,13 +166,11 @@ def _test(model: Backend, data: Trait, found: Sweep, unguarded: float, progress:
     shown = {**found.barred, **found.best}
     guards = {rule: found.guard_at(shown[rule]) for rule in PAPER_RULES if rule in shown}
     arms = compare(model, data, guards, sampling=SAMPLING, trace=True, progress=progress)
-    scores = {"aligned": unguarded, "malicious": unguarded}
+    scores = dict.fromkeys(("aligned", "malicious"), unguarded.result())
     for done, (rule, guard) in enumerate(guards.items()):
-        if progress is not None:
-            progress("neutral prompts", done, len(guards))
+        progress("neutral prompts", done, len(guards))
         scores[rule] = capability(model, guards=guard, sampling=SAMPLING)
-    if progress is not None:
-        progress("neutral prompts", len(guards), len(guards))
+    progress("neutral prompts", len(guards), len(guards))
     return TraitResult(data.name, arms, scores, _examples(model, data, arms, guards), found)
 
 
@@ -201,7 +226,13 @@ def _figures(result: TraitResult) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _named(progress: Stage | None, trait_name: str) -> Callable[[str, int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda what, done, total: progress(f"{trait_name}: {what}", done, total)
+def _stage(progress: Stage | None, trait_name: str, stop: Event) -> Stage:
+    """Progress of one trait's line, which ends there once `stop` is set."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        if progress is not None:
+            progress(f"{trait_name}: {what}", done, total)
+
+    return tell

@@ -397,7 +397,7 @@ def step(
     return total
 
 
-def main(arguments: list[str] | None = None) -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m steerguard.organism.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="work folder: recipe, checkpoint, tokenizer, model")
@@ -411,7 +411,12 @@ def main(arguments: list[str] | None = None) -> None:
         help="what the forward is computed in; auto: what a resumed run has, else what is faster here (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="do not compile the loss; better for short runs")
-    given = parser.parse_args(arguments)
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Run what the command line asks for, in processes that share each batch."""
+    given = arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     recipe = chosen(given)
     log.info("%s", recipe)
