@@ -21,6 +21,7 @@ from steerguard.sweeping import (
     Figures,
     Setting,
     Sweep,
+    _finalists,
     choose,
     compare,
     gap_recovered,
@@ -62,6 +63,20 @@ def test_a_rule_without_an_eligible_point_says_which_constraint_bit() -> None:
     assert choose({Setting(sg.SwFC(1), 1): figures(99, 99)}, figures(None, None)).best == {}
 
 
+def test_strong_and_gentle_settings_go_on() -> None:
+    strong, second, gentle, weak, broken = (Setting(sg.StTP(alpha), 1) for alpha in (36, 30, 12, 6, 24))
+    points = {
+        strong: replace(figures(99, 99, shift=4.0), error=5.0),
+        second: replace(figures(98, 99, shift=3.0), error=5.0),
+        gentle: figures(95, 99, shift=1.0),
+        weak: figures(50, 99, shift=0.5),
+        broken: figures(100, 20, shift=9.0),
+    }
+    assert _finalists(points, ALIGNED, 2) == [strong, gentle]
+    assert _finalists(points, ALIGNED, 3) == [strong, gentle, second]
+    assert _finalists(points, ALIGNED, 9) == [strong, gentle, second, weak, broken]
+
+
 def test_settings_that_cannot_be_told_apart_go_to_the_smaller_shift() -> None:
     strong, gentle, weak = (Setting(sg.StTP(alpha), 1) for alpha in (36, 12, 6))
     points = {
@@ -101,7 +116,7 @@ def test_a_rule_that_benign_prompts_alone_refuse_says_so() -> None:
     assert found.best == {}
     assert found.barred == {"SwFC": Setting(sg.SwFC(2), 1)}
     assert found.refused["SwFC"] == (
-        "its 2 settings with enough coherence lose 30.0 points or more on benign prompts, the bar is 2"
+        "its 2 settings with enough coherence lose 30.0 points or more on benign prompts, the bar is 1"
     )
 
 
@@ -176,7 +191,7 @@ def test_a_sweep_looks_at_benign_prompts(model: sg.Backend, probes: Fit) -> None
     assert (harmless.unguarded, harmless.lost, harmless.n) == (100.0, 0.0, 2)
     chosen = found.guard.provenance["chosen"]
     assert chosen["benign"] == {"unguarded": 100.0, "guarded": 100.0, "moved": harmless.moved, "n": 2}
-    assert "at most 2 points lost on benign prompts" in chosen["constraint"]
+    assert "at most 1 points lost on benign prompts" in chosen["constraint"]
     assert chosen["eligible"]
     refused = sweep(
         model, TRAIT, probes, settings=settings[1:], scorer=ByLength(), sampling=SHORT, benign=Benign(prompts)

@@ -30,8 +30,11 @@ from steerguard.traits import Scenario, Trait
 PAPER_RULES = ("SwFC", "StTP", "StMP")
 COHERENCE_KEPT = 0.9
 """A setting is eligible if its coherence is at least this share of the aligned baseline's."""
-BENIGN_LOST = 2.0
-"""A setting is eligible if it costs at most this many of 100 points on benign prompts."""
+BENIGN_LOST = 1.0
+"""A setting is eligible if it costs at most this many of 100 points on benign prompts.
+
+Half of the 2 points that we hold a guard to when it is reported: a hundred prompts tell a cost to about a point.
+"""
 
 
 @dataclass(frozen=True)
@@ -308,12 +311,22 @@ def _costs(model: Backend, probes: Fit, benign: Benign, sampling: Sampling, prog
 
 
 def _finalists(points: Mapping[Setting, Figures], aligned: Figures, n: int) -> list[Setting]:
-    """Each rule's best n settings: those with enough coherence first, then by trait, then by the smaller shift."""
-    bar = COHERENCE_KEPT * (aligned.coherence or 0.0)
+    """Each rule's n settings that go on: in turns the highest trait, and the gentlest that cannot be told from it.
+
+    Those with enough coherence come first. A few scenarios mislead, so that not all should be of one kind: if the
+    strongest harm benign prompts, a gentler one must be at hand.
+    """
     out: list[Setting] = []
     for name in dict.fromkeys(s.rule.name for s in points):
-        own = [s for s in points if s.rule.name == name]
-        out += sorted(own, key=lambda s: ((points[s].coherence or 0.0) >= bar, *_rank(points[s])), reverse=True)[:n]
+        own = {s: f for s, f in points.items() if s.rule.name == name}
+        left = dict(_coherent(own, aligned)[0])
+        others = sorted((s for s in own if s not in left), key=lambda s: _rank(own[s]), reverse=True)
+        chosen: list[Setting] = []
+        while left and len(chosen) < n:
+            strongest = max(left, key=lambda s: _rank(left[s]))
+            chosen.append(gentlest(left) if len(chosen) % 2 else strongest)
+            del left[chosen[-1]]
+        out += [*chosen, *others][:n]
     return out
 
 
