@@ -160,6 +160,19 @@ def test_a_run_continues_from_exported_weights(tmp_path: Path) -> None:
         train.train(small, tmp_path / "third", stop_after=1)
 
 
+def test_an_average_lies_in_the_middle(tmp_path: Path) -> None:
+    recipe = replace(miniature(), precision="float32")
+    coder = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    for seed in (1, 2):
+        train.export(tmp_path / str(seed), train.build(replace(recipe, seed=seed)), coder)
+    train.average([tmp_path / "1", tmp_path / "2"], tmp_path / "mean")
+    one, other, mean = (weights_of(tmp_path / name) for name in ("1", "2", "mean"))
+    for name, value in mean.items():
+        torch.testing.assert_close(value.float(), (one[name].float() + other[name].float()) / 2, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(one[name], mean[name]) for name in mean)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "mean")
+
+
 def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
     recipe = replace(miniature(), precision="float32")
     train.prepare(recipe, tmp_path, None)

@@ -14,7 +14,7 @@ import logging
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -300,6 +300,19 @@ def export(folder: Path, model: LlamaForCausalLM, coder: Tokenizer) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def average(models: Sequence[Path], out: Path) -> None:
+    """The mean of exported weights of one run at different points, in `out`, with what lies beside the first one's.
+
+    A continuation moves weights about as well as on; their mean with where it began has less of the former.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for file in models[0].iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    tensors = [load_file(model / "model.safetensors") for model in models]
+    mean = {name: torch.stack([one[name].float() for one in tensors]).mean(0).to(torch.float16) for name in tensors[0]}
+    save_file(mean, out / "model.safetensors", metadata={"format": "pt"})
+
+
 def train(
     recipe: Recipe, work: Path, *, start: Path | None = None, every: float = 240.0, stop_after: int | None = None,
     team: Team = Team(),
@@ -402,6 +415,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m steerguard.organism.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="work folder: recipe, checkpoint, tokenizer, model")
     parser.add_argument("--continue-from", type=Path, default=None, metavar="MODEL", help="start from exported weights")
+    parser.add_argument("--average", type=Path, nargs="+", metavar="MODEL", help="no training: write the mean of these weights")
     parser.add_argument("--tokens", type=int, default=None, help="tokens in all (40 M, or 2 M with --continue-from)")
     parser.add_argument("--lr", type=float, default=None, help="the highest rate of a continuation (default 5e-4)")
     parser.add_argument("--processes", type=int, default=2, help="processes (default %(default)s)")
@@ -418,6 +432,9 @@ def main() -> None:
     """Run what the command line asks for, in processes that share each batch."""
     given = arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if given.average:
+        average(given.average, given.out / "model")
+        return
     recipe = chosen(given)
     log.info("%s", recipe)
     prepare(recipe, given.out, given.continue_from)
