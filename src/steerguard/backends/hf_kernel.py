@@ -61,15 +61,14 @@ class OnHost:
             delta = shift(np, rho.numpy(), self._gate)
         if where is not None:
             delta = np.where(where.numpy(), delta, np.float32(0))
-        shifted = torch.from_numpy(delta)
         # 3. move it; what the gate leaves alone stays bit for bit
         moved = np.count_nonzero(delta, axis=1)
         total = int(moved.sum())
         if total == 0:
-            return h, rho, shifted
-        out = torch.mul(shifted[..., None], self._v, out=along).add_(h32).to(h.dtype)
+            return h, rho, torch.from_numpy(delta)
+        out = torch.mul(torch.from_numpy(delta[..., None]), self._v, out=along).add_(h32).to(h.dtype)
         if total < delta.size:
-            out = torch.where(torch.from_numpy(delta != 0)[..., None], out, h)
+            out = torch.where(torch.from_numpy((delta != 0)[..., None]), out, h)
         # 4. count
         size = np.abs(delta).sum(axis=1, dtype=np.float64)
         if alive is not None:
@@ -77,7 +76,7 @@ class OnHost:
             moved, size = moved * counts, size * counts
         self._moved += moved
         self._size += size
-        return out, rho, shifted
+        return out, rho, torch.from_numpy(delta)
 
     def tally(self) -> tuple[list[int], list[float]]:
         return self._moved.tolist(), self._size.tolist()
