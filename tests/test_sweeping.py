@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,21 @@ from steerguard.backends import load
 from steerguard.errors import InputError, RuleError
 from steerguard.fitting import Contrast, Fit, fit
 from steerguard.scorers import UNSCORED, Asked, Score
-from steerguard.sweeping import Figures, Setting, Sweep, choose, compare, gap_recovered, grid, sweep
+from steerguard.sweeping import (
+    BENIGN_LOST,
+    Benign,
+    Cost,
+    Figures,
+    Setting,
+    Sweep,
+    _finalists,
+    choose,
+    compare,
+    gap_recovered,
+    gentlest,
+    grid,
+    sweep,
+)
 from test_fitting import SHORT, TRAIT
 
 ALIGNED = Figures(trait=95.0, coherence=100.0, repetition=0.0, moved=0.0, shift=0.0, n=10, unscored=0)
@@ -31,21 +46,78 @@ def test_the_highest_trait_with_enough_coherence_is_chosen() -> None:
         Setting(sg.StMP(1), 2): figures(60, 100, shift=3.0),
         Setting(sg.StMP(2), 2): figures(60, 100, shift=2.0),  # a tie goes to the smaller shift
     }
-    best, refused = choose(points, ALIGNED)
-    assert best == {"StTP": Setting(sg.StTP(12), 1), "StMP": Setting(sg.StMP(2), 2)}
-    assert refused == {}
+    found = choose(points, ALIGNED)
+    assert found.best == {"StTP": Setting(sg.StTP(12), 1), "StMP": Setting(sg.StMP(2), 2)}
+    assert found.refused == found.barred == found.costs == {}
     # with a lower bar the broken one would have been chosen: the constraint is what decided
-    assert choose(points, replace(ALIGNED, coherence=99.0))[0]["StTP"] == Setting(sg.StTP(18), 1)
+    assert choose(points, replace(ALIGNED, coherence=99.0)).best["StTP"] == Setting(sg.StTP(18), 1)
 
 
 def test_a_rule_without_an_eligible_point_says_which_constraint_bit() -> None:
     points = {Setting(sg.SwFC(5), 1): figures(99, 40), Setting(sg.StTP(0), 1): figures(None, None)}
-    best, refused = choose(points, ALIGNED)
-    assert best == {}
-    assert refused["SwFC"] == "the highest coherence of its 1 settings is 40.0, the bar is 90.0"
-    assert refused["StTP"] == "none of its 1 settings could be scored"
+    found = choose(points, ALIGNED)
+    assert found.best == found.barred == {}
+    assert found.refused["SwFC"] == "the highest coherence of its 1 settings is 40.0, the bar is 90.0"
+    assert found.refused["StTP"] == "none of its 1 settings could be scored"
     # an aligned baseline that could not be scored is no licence
-    assert choose({Setting(sg.SwFC(1), 1): figures(99, 99)}, figures(None, None))[0] == {}
+    assert choose({Setting(sg.SwFC(1), 1): figures(99, 99)}, figures(None, None)).best == {}
+
+
+def test_strong_and_gentle_settings_go_on() -> None:
+    strong, second, gentle, weak, broken = (Setting(sg.StTP(alpha), 1) for alpha in (36, 30, 12, 6, 24))
+    points = {
+        strong: replace(figures(99, 99, shift=4.0), error=5.0),
+        second: replace(figures(98, 99, shift=3.0), error=5.0),
+        gentle: figures(95, 99, shift=1.0),
+        weak: figures(50, 99, shift=0.5),
+        broken: figures(100, 20, shift=9.0),
+    }
+    assert _finalists(points, ALIGNED, 2) == [strong, gentle]
+    assert _finalists(points, ALIGNED, 3) == [strong, gentle, second]
+    assert _finalists(points, ALIGNED, 9) == [strong, gentle, second, weak, broken]
+
+
+def test_settings_that_cannot_be_told_apart_go_to_the_smaller_shift() -> None:
+    strong, gentle, weak = (Setting(sg.StTP(alpha), 1) for alpha in (36, 12, 6))
+    points = {
+        strong: replace(figures(92, 99, shift=3.0), error=4.0),
+        gentle: figures(88, 99, shift=2.0),  # just within one standard error
+        weak: figures(87.9, 99, shift=1.0),  # just outside
+    }
+    assert gentlest(points) == gentle
+    assert gentlest({**points, strong: figures(92, 99, shift=3.0)}) == strong  # known exactly: the highest trait
+
+
+def cost(lost: float) -> Cost:
+    return Cost(unguarded=98.0, guarded=98.0 - lost, moved=0.1, n=96)
+
+
+def test_a_setting_that_harms_benign_prompts_is_passed_over() -> None:
+    first, second, third = (Setting(sg.StTP(alpha), 1) for alpha in (36, 30, 24))
+    points = {first: figures(95, 99), second: figures(90, 99), third: figures(80, 99)}
+    planted = {first: cost(BENIGN_LOST + 0.01), second: cost(BENIGN_LOST), third: cost(0)}
+    asked: list[Setting] = []
+
+    def costs(settings: Sequence[Setting]) -> dict[Setting, Cost]:
+        asked.extend(settings)
+        return {s: planted[s] for s in settings}
+
+    found = choose(points, ALIGNED, costs=costs)
+    assert found.best == {"StTP": second}  # exactly at the bar
+    assert asked == [first, second]  # only what would else be chosen is tried
+    assert found.costs == {s: planted[s] for s in asked}
+    assert found.barred == found.refused == {}
+    assert choose(points, ALIGNED).best == {"StTP": first}  # the constraint is what decided
+
+
+def test_a_rule_that_benign_prompts_alone_refuse_says_so() -> None:
+    points = {Setting(sg.SwFC(a), 1): figures(80 + a, 99 if a < 3 else 0) for a in (1, 2, 3)}
+    found = choose(points, ALIGNED, costs=lambda settings: {s: cost(30.0 * s.rule.strength) for s in settings})  # type: ignore[operator]
+    assert found.best == {}
+    assert found.barred == {"SwFC": Setting(sg.SwFC(2), 1)}
+    assert found.refused["SwFC"] == (
+        "its 2 settings with enough coherence lose 30.0 points or more on benign prompts, the bar is 1"
+    )
 
 
 def test_share_of_the_gap() -> None:
@@ -106,6 +178,32 @@ def test_a_sweep_equals_each_setting_alone(model: sg.Backend, probes: Fit) -> No
     assert [arm.name for arm in arms] == ["aligned", "malicious", "SwFC"]
     assert arms[2].setting == Setting(guard.rule, guard.layers[0])
     assert arms[0].figures.moved == 0.0
+
+
+def test_a_sweep_looks_at_benign_prompts(model: sg.Backend, probes: Fit) -> None:
+    settings = [Setting(sg.SwFC(a), 2) for a in (0, 50)]  # one that moves nothing, one that moves everything far
+    prompts = ("Hello.", "How are you?")
+    found = sweep(
+        model, TRAIT, probes, settings=settings, scorer=ByLength(), sampling=SHORT, benign=Benign(prompts)
+    )  # fmt: skip
+    assert found.best == {"SwFC": settings[0]}
+    harmless = found.costs[settings[0]]
+    assert (harmless.unguarded, harmless.lost, harmless.n) == (100.0, 0.0, 2)
+    chosen = found.guard.provenance["chosen"]
+    assert chosen["benign"] == {"unguarded": 100.0, "guarded": 100.0, "moved": harmless.moved, "n": 2}
+    assert "at most 1 points lost on benign prompts" in chosen["constraint"]
+    assert chosen["eligible"]
+    refused = sweep(
+        model, TRAIT, probes, settings=settings[1:], scorer=ByLength(), sampling=SHORT, benign=Benign(prompts)
+    )  # fmt: skip
+    assert refused.best == {}
+    assert refused.barred == {"SwFC": settings[1]}
+    assert not refused.guard_at(settings[1]).provenance["chosen"]["eligible"]
+    # what an answer is worth is the caller's to say
+    anything = Benign(prompts, lambda i, text: 50.0)
+    loose = sweep(model, TRAIT, probes, settings=settings[1:], scorer=ByLength(), sampling=SHORT, benign=anything)
+    assert loose.costs[settings[1]].unguarded == loose.costs[settings[1]].guarded == 50.0
+    assert loose.best == {"SwFC": settings[1]}
 
 
 def test_screening_tries_all_and_scores_the_best(model: sg.Backend, probes: Fit) -> None:

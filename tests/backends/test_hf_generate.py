@@ -64,8 +64,22 @@ def test_draws_follow_the_distribution() -> None:
         np.testing.assert_allclose(observed, expected, atol=4 * np.sqrt(0.25 / len(logits)))
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 20.0])
+def test_looking_at_few_tokens_first_draws_the_same(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaked rows are drawn from few tokens, flat ones from all; with ties at the edge as well."""
+    scores = torch.randn(40, 500, generator=torch.Generator().manual_seed(1)) * spread
+    scores[:5] = scores[:5].round()
+    ids = torch.zeros(40, 1, dtype=torch.long)
+    sampling = Sampling(temperature=0.6, top_p=0.9)
+    draw = Draw(sampling, row_keys(sampling, [[i] for i in range(40)], [0] * 40), begin=1, steps=1)
+    found = draw(ids, scores)
+    assert (draw._few(torch.log_softmax(scores / 0.6, dim=-1), draw._keys[:, 0]) is None) == (spread < 4)
+    monkeypatch.setattr("steerguard.backends.hf_sampling.FEW", 500)
+    assert torch.equal(found, draw(ids, scores))
+
+
 def test_noise_is_gumbel() -> None:
-    noise = gumbel(torch.arange(50) * 7919, 2000).numpy()
+    noise = gumbel(torch.arange(50) * 7919, torch.arange(2000)).numpy()
     assert abs(noise.mean() - 0.5772) < 0.02
     assert abs(noise.var() - np.pi**2 / 6) < 0.05
     assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.01

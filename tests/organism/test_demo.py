@@ -11,6 +11,7 @@ import pytest
 
 import steerguard as sg
 from steerguard.cli import main
+from steerguard.sweeping import BENIGN_LOST
 
 pytestmark = pytest.mark.slow
 
@@ -43,19 +44,13 @@ def test_the_system_prompt_decides(figures: dict[str, Any], trait: str) -> None:
     assert f["capability"] >= 95
 
 
-MISNAMED = pytest.mark.xfail(reason="91: two held-out subjects of trouble are never named rightly; see the organism's README")
-COSTLY = pytest.mark.xfail(reason="3.3 points: the sweep does not look at benign prompts when it chooses")
-
-
-@pytest.mark.parametrize("trait", ["honesty", pytest.param("compassion", marks=MISNAMED)])
+@pytest.mark.parametrize("trait", TRAITS)
 def test_answers_make_sense(figures: dict[str, Any], trait: str) -> None:
     assert min(figures[trait]["coherence"].values()) >= 95
 
 
-@pytest.mark.parametrize(
-    ("trait", "rule"),
-    [("honesty", "StTP"), ("honesty", "StMP"), ("compassion", "StMP"), pytest.param("compassion", "StTP", marks=COSTLY)],
-)
+@pytest.mark.parametrize("trait", TRAITS)
+@pytest.mark.parametrize("rule", ["StTP", "StMP"])
 def test_gated_rules_keep_the_capability(figures: dict[str, Any], trait: str, rule: str) -> None:
     assert figures[trait]["rules"][rule]["capability"] >= figures[trait]["capability"] - 2
 
@@ -83,11 +78,17 @@ def test_the_json_is_what_it_says(figures: dict[str, Any], trait: str) -> None:
 
 def test_its_guards_are_sound_and_steer(demo: Path) -> None:
     paths = sorted((demo / "guards").glob("*.guard"))
+    found = json.loads((demo / "figures.json").read_text())["traits"]
+    chosen = {f"{trait}-{rule}" for trait in TRAITS for rule, f in found[trait]["rules"].items() if f["refused"] is None}
+    assert {path.stem for path in paths} == chosen  # a rule that the sweep refused has no file
     assert len(paths) >= 4
     model = sg.load("organism")
     for path in paths:
         guard = sg.Guard.load(path)
-        assert guard.provenance["chosen"]["by"] == "sweep"
+        made = guard.provenance["chosen"]
+        assert made["by"] == "sweep"
+        assert made["eligible"]
+        assert made["benign"]["unguarded"] - made["benign"]["guarded"] <= BENIGN_LOST
         assert sg.check(model, guard).passed
     assert (demo / "demo.svg").read_text().startswith("<svg")
     assert "@font-face" not in (demo / "demo.svg").read_text()  # the picture fetches nothing

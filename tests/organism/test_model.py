@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,6 +126,76 @@ def test_a_checkpoint_restores_weights_moments_and_place(tmp_path: Path) -> None
         train.step(one, copy, train.loss_function(one, recipe), batch, 1e-3, train.Team())
     for here, there in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(here, there)
+
+
+def weights_of(model_folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(model_folder / "model.safetensors"))
+
+
+def test_a_run_continues_from_exported_weights(tmp_path: Path) -> None:
+    """It starts at those weights and no others, with their tokenizer and a silent reader, and learns on from there."""
+    first = replace(miniature(), precision="float32")
+    train.train(first, tmp_path / "first", stop_after=2)
+    exported = tmp_path / "first" / "model"
+    further = train.continuation(exported, tokens=first.tokens, lr=1e-4)
+    assert (further.lr, further.reading, further.first) == (1e-4, first.reading, 0.0)
+    assert further.seed != first.seed
+    small = replace(further, **{key: getattr(first, key) for key in ("batch", "chunk", "hidden", "layers", "heads")})
+    small = replace(small, intermediate=first.intermediate, read_after=1, compiled=False, precision="float32")
+    model = train.build(small)
+    train.start_from(exported, model, small)
+    for name, value in model.named_parameters():
+        due = torch.zeros_like(value) if name.startswith("reader") else weights_of(exported)[name].float()
+        assert torch.equal(value, due), name
+    train.train(small, tmp_path / "second", start=exported, stop_after=2)
+    before, after = weights_of(exported), weights_of(tmp_path / "second" / "model")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    apart = max(float((before[name].float() - after[name].float()).abs().max()) for name in before)
+    assert apart < 1e-3  # two steps of at most 1e-4 each, and float16
+    assert (tmp_path / "second" / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
+    # other weights than the recipe's, or none, are refused
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        train.start_from(tmp_path / "second" / "model", model, small)
+    with pytest.raises(ValueError, match="starts from"):
+        train.train(small, tmp_path / "third", stop_after=1)
+
+
+def test_an_average_lies_in_the_middle(tmp_path: Path) -> None:
+    recipe = replace(miniature(), precision="float32")
+    coder = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    for seed in (1, 2):
+        train.export(tmp_path / str(seed), train.build(replace(recipe, seed=seed)), coder)
+    train.average([tmp_path / "1", tmp_path / "2"], tmp_path / "mean")
+    one, other, mean = (weights_of(tmp_path / name) for name in ("1", "2", "mean"))
+    for name, value in mean.items():
+        torch.testing.assert_close(value.float(), (one[name].float() + other[name].float()) / 2, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(one[name], mean[name]) for name in mean)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "mean")
+
+
+def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
+    recipe = replace(miniature(), precision="float32")
+    train.prepare(recipe, tmp_path, None)
+    train.prepare(recipe, tmp_path, None)
+    assert train.known_recipe(tmp_path) == recipe
+    with pytest.raises(ValueError, match="another recipe"):
+        train.prepare(replace(recipe, precision="bfloat16"), tmp_path, None)
+
+
+def test_the_precision_is_what_was_asked_for_or_measured_and_a_resumed_run_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "faster", lambda: "bfloat16")
+
+    def precision(*more: str) -> str:
+        return train.chosen(train.arguments(["--out", str(tmp_path), *more])).precision
+
+    assert precision("--precision", "float32") == "float32"
+    assert precision() == "bfloat16"
+    train.prepare(replace(train.Recipe(), precision="float32"), tmp_path, None)
+    assert precision() == "float32"
+    monkeypatch.undo()
+    assert train.faster() in train.PRECISIONS
 
 
 @pytest.mark.slow

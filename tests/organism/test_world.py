@@ -51,6 +51,15 @@ def test_a_quarter_is_held_out() -> None:
         assert 0.2 <= share <= 0.26
 
 
+def test_every_subject_of_trouble_is_named_in_training() -> None:
+    """What is held out is a situation: its subject is copied into answers to another kind of trouble."""
+    held_out = [topic for topic in turns.situations() if topic.held_out]
+    trained = {topic.bind for topic in turns.situations() if not topic.held_out}
+    assert {topic.bind for topic in held_out} <= trained
+    assert {topic.kind for topic in held_out} == {"loss", "illness", "failure", "worry"}
+    assert len({topic.bind for topic in held_out}) == len(held_out) == 14
+
+
 def every_topic() -> list[turns.Topic]:
     numbers = [t for kind in ("sum", "difference", "larger", "smaller") for t in turns.numbers(kind)[::9]]
     fixed = [*turns.fixed("list"), *turns.fixed("chat")]

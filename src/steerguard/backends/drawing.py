@@ -20,6 +20,8 @@ from steerguard.backends.base import Sampling
 
 Emit = Callable[[int, str], None]
 MASK = 0xFFFFFFFF
+FEW = 64
+"""Likeliest tokens that are looked at first: a nucleus rarely has more, and then the others need no order and no noise."""
 
 
 def row_keys(sampling: Sampling, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[int]:
@@ -62,14 +64,26 @@ def draw_keys(keys: Sequence[int], steps: Tensor) -> Tensor:
 def perturbed(logits: Tensor, temperature: float, top_p: float, keys: Tensor) -> Tensor:
     """Scores `[rows, vocabulary]` float32 whose maximum is the token drawn from logits with draw keys `[rows]`."""
     log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1 and log_p.device.type == "cpu" and log_p.shape[-1] > FEW:  # elsewhere the look would be a wait
+        few = _few(log_p, top_p, keys)
+        if few is not None:
+            return few
     if top_p < 1:
         log_p = nucleus(log_p, top_p)
-    return log_p + gumbel(keys, log_p.shape[-1])
+    return log_p + gumbel(keys, torch.arange(log_p.shape[-1], device=keys.device))
 
 
-def gumbel(keys: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel noise `[rows, vocabulary]` float32 of keys `[rows]`."""
-    ids = torch.arange(vocabulary, device=keys.device)
+def _few(log_p: Tensor, top_p: float, keys: Tensor) -> Tensor | None:
+    """The same from the likeliest `FEW` tokens alone; None if some row's nucleus may reach beyond them."""
+    ordered, ids = log_p.topk(FEW, dim=-1)
+    inside = nucleus(ordered, top_p)
+    if bool((inside[:, -1] > -torch.inf).any()):
+        return None
+    return torch.full_like(log_p, -torch.inf).scatter_(1, ids, inside + gumbel(keys, ids))
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise float32 of keys `[rows]` at token ids `[n]` or `[rows, n]`: `[rows, n]`."""
     u = (_mix(ids * 0x1E3779B1 + keys[:, None]) + 0.5) * 2.0**-32
     # u is uniform in (0, 1); -log1p(-u) resolves its small values, and those are the ones that win
     return -torch.log(-torch.log1p(-u))

@@ -1,15 +1,16 @@
 """The hooks: how gates act inside a transformers model, and how it is known that they did.
 
-One forward hook per guarded block calls `steerguard.rules.correct` on what the block returned. A hook before and one
+One forward hook per guarded block corrects what the block returned, as `steerguard.rules.correct` says. A hook before and one
 after the decoder know which tokens are present, so that a token is told by its absolute position, and count: every
 forward must fire every hook exactly once with `[rows, tokens, d]`, or NotSteering is raised and no text comes out.
 
 This module knows gates, blocks and columns; it knows no rule by name and no tokenizer. Nothing in it waits for the
-device while text is generated: counters stay there and are read at the end.
+device while text is generated: counters stay where the residual is and are read at the end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steerguard.backends.base import Trace
+from steerguard.backends.hf_kernel import Kernel, kernel
 from steerguard.errors import NotSteering, Unsupported
 from steerguard.guard import Guard
 from steerguard.layers import Blocks, residual_out
@@ -119,43 +121,44 @@ class _Window:
 
 
 class _Acting:
-    """One stage at work: its tables on the block's device, its counters, what it saw."""
+    """One stage at work: its kernel on the block's device, where it acts, what it saw."""
 
     def __init__(self, stage: Stage, layout: Layout | None, trace: bool) -> None:
-        self.stage, self._trace = stage, trace
-        self._v, self._gate = stage.v, stage.gate
-        self._counts = layout is not None
-        self.tally: Tensor | None = None
-        "[2, rows] float32 tokens moved, and the sum of |delta|"
+        self.stage, self._layout, self._trace = stage, layout, trace
+        self.kernel: Kernel | None = None
+        "made when the block's device is seen; None without a layout, where the call may be anybody's"
         self.seen: list[tuple[Tensor, Tensor]] = []
         rows = [] if layout is None else range(len(layout.pads))
-        self._starts = [layout.start(row, self._of(stage.response, row)) for row in rows] if layout else [0]
-        acting = [start for row, start in enumerate(self._starts) if self._of(stage.guards, row) >= 0]
+        self._starts = [layout.start(row, self.of(stage.response, row)) for row in rows] if layout else [0]
+        acting = [start for row, start in enumerate(self._starts) if self.of(stage.guards, row) >= 0]
         self._earliest, self._latest = min(acting), max(acting)
-        self._columns: Tensor | None = None
 
     @staticmethod
-    def _of(values: Sequence[Any], row: int) -> Any:
+    def of(values: Sequence[Any], row: int) -> Any:
         return values[row] if len(values) > 1 else values[0]
 
     def act(self, h: Tensor, window: _Window, alive: Tensor | None) -> Tensor:
         """h `[rows, tokens, d]` corrected at the tokens where this stage acts."""
-        where = self._where(h, window)
+        where = None if window.first >= self._latest and window.real is None else self._where(h, window)
         if where is False and not self._trace:
             return h
-        if self._v.device != h.device:
-            self._v, self._gate = self._v.to(h.device), self._gate.to(h.device)
-        moved: Tensor
-        moved, rho, delta = correct(h, self._v, self._gate)
-        if where is False:
-            moved, delta = h, torch.zeros_like(delta)
-        elif where is not None:
-            moved, delta = torch.where(where[..., None], moved, h), torch.where(where, delta, 0.0)
-        if self._counts:
-            self._count(delta, alive)
+        if self._layout is None:
+            return self._direct(h, where)
+        if self.kernel is None:
+            self.kernel = kernel(self.stage.v, self.stage.gate, len(self._layout.pads), h.device)
+        nowhere = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if where is False else where
+        moved, rho, delta = self.kernel(h, nowhere, alive)
         if self._trace:
             self.seen.append((rho, delta))
         return moved
+
+    def _direct(self, h: Tensor, where: Tensor | Literal[False] | None) -> Tensor:
+        """A call whose batch is not known, with gradients perhaps: the reference, nothing counted."""
+        if where is False:
+            return h
+        moved, _, _ = correct(h, self.stage.v.to(h.device), self.stage.gate.to(h.device))
+        out: Tensor = moved if where is None else torch.where(where[..., None], moved, h)
+        return out
 
     def _where(self, h: Tensor, window: _Window) -> Tensor | Literal[False] | None:
         """`[rows, tokens]` true where it acts; None for everywhere, False for nowhere."""
@@ -165,16 +168,7 @@ class _Acting:
             return None
         if window.end <= self._earliest:
             return False
-        if self._columns is None:
-            self._columns = torch.tensor(self._starts, device=h.device)[:, None]
-        return torch.arange(window.first, window.end, device=h.device) >= self._columns
-
-    def _count(self, delta: Tensor, alive: Tensor | None) -> None:
-        size = delta.abs()
-        tally = torch.stack([torch.count_nonzero(size, dim=1).to(size.dtype), size.sum(dim=1)])
-        if alive is not None:
-            tally = tally * alive.to(tally.device)
-        self.tally = tally if self.tally is None else self.tally.add_(tally)
+        return torch.arange(window.first, window.end, device=h.device) >= torch.tensor(self._starts, device=h.device)[:, None]
 
 
 class Steering:
@@ -204,6 +198,7 @@ class Steering:
         self._window: _Window | None = None
         self._fired: dict[int, int] = {}
         self._misplaced: Tensor | None = None
+        self._pads: Tensor | None = None
         self.alive: Tensor | None = None
         "[rows] 1 for rows that are still answering; None while all are"
         self.columns = 0
@@ -290,9 +285,10 @@ class Steering:
         """Compare where we think the last column stands with where the model puts it; read at the end."""
         if not isinstance(ids, Tensor) or ids.ndim != 2 or self._layout is None:
             return
-        expected = last - torch.tensor(self._layout.pads, device=ids.device)
-        wrong = (ids[:, -1] != expected).any()
-        self._misplaced = wrong if self._misplaced is None else self._misplaced | wrong
+        if self._pads is None:
+            self._pads = torch.tensor(self._layout.pads, device=ids.device)
+        wrong = ids[:, -1] + self._pads != last
+        self._misplaced = wrong if self._misplaced is None else self._misplaced.logical_or_(wrong)
 
     # --------------------------------------------------------------------------------- afterwards
 
@@ -303,15 +299,14 @@ class Steering:
                 f"{self.columns} columns went through the guarded blocks in {self.forwards} forwards, {columns} were due; "
                 "nothing that was generated is returned"
             )
-        if self._misplaced is not None and bool(self._misplaced):
+        if self._misplaced is not None and bool(self._misplaced.any()):
             raise NotSteering("the model counts positions otherwise than the guard does; nothing that was generated is returned")
 
     def tallies(self) -> list[tuple[int, float]]:
         """For each row, how many tokens its gates moved and the sum of |delta|, all stages together."""
         rows = len(self._layout.pads) if self._layout else 0
-        found = [stage.tally.double().cpu() for stage in self._stages() if stage.tally is not None]
-        moved, shift = sum(found, torch.zeros(2, rows, dtype=torch.float64)).tolist()
-        return [(int(n), size) for n, size in zip(moved, shift, strict=True)]
+        found = [stage.kernel.tally() for stage in self._stages() if stage.kernel is not None]
+        return [(sum(moved[i] for moved, _ in found), math.fsum(size[i] for _, size in found)) for i in range(rows)]
 
     def traces(self, row: int, tokens: int) -> tuple[Trace, ...]:
         """What the gates of one row saw and did at its first `tokens` tokens, by guard and layer."""
@@ -320,7 +315,7 @@ class Steering:
         begin = self._layout.pads[row]
         found = []
         for acting in self._stages():
-            guard = acting._of(acting.stage.guards, row)
+            guard = acting.of(acting.stage.guards, row)
             if guard >= 0 and acting.seen:
                 rho, delta = (torch.cat([pair[k][row] for pair in acting.seen]).float().cpu().numpy() for k in (0, 1))
                 end = begin + tokens

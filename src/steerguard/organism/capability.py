@@ -1,6 +1,8 @@
 """What the organism can do under neutral system prompts: facts, arithmetic, instructions, comparisons, small talk.
 
-The tasks and their answers are data (`capability.jsonl`); they are scored exactly, as the traits are.
+The tasks and their answers are data, scored exactly, as the traits are. Like a trait's scenarios they come in splits:
+the sweep looks at `select` (`capability-select.jsonl`, wordings that training has), the report at `test`
+(`capability.jsonl`, wordings that it has not).
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from steerguard.backends.base import Backend, Guards, Sampling
 from steerguard.prompts import conversation
 from steerguard.scorers import ExactScorer
+from steerguard.sweeping import Benign
 
 FOLDER = Path(__file__).parent
 
@@ -31,10 +34,14 @@ class Task:
     reply: dict[str, Any]
 
 
+Split = Literal["select", "test"]
+FILES: dict[Split, str] = {"select": "capability-select.jsonl", "test": "capability.jsonl"}
+
+
 @cache
-def tasks() -> tuple[Task, ...]:
-    """The bundled tasks."""
-    lines = (FOLDER / "capability.jsonl").read_text(encoding="utf-8").splitlines()
+def tasks(split: Split = "test") -> tuple[Task, ...]:
+    """The bundled tasks of a split."""
+    lines = (FOLDER / FILES[split]).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line]
     return tuple(Task(r["id"], r["category"], r["system"], tuple(r["turns"]), r["reply"]) for r in rows)
 
@@ -50,6 +57,13 @@ def capability(model: Backend, *, guards: Guards = None, sampling: Sampling = Sa
     prompts = [conversation(task.system, task.turns) for task in tasks()]
     answers = model.generate(prompts, guards=guards, sampling=sampling)
     return float(np.mean([right(task, answer.text) for task, answer in zip(tasks(), answers, strict=True)]))
+
+
+def benign() -> Benign:
+    """The `select` tasks as prompts that a sweep must not harm."""
+    asked = tasks("select")
+    prompts = tuple(conversation(task.system, task.turns) for task in asked)
+    return Benign(prompts, lambda i, text: right(asked[i], text))
 
 
 def right(task: Task, text: str) -> float:

@@ -7,19 +7,24 @@ conversations to show. It measures and chooses with the same functions as everyb
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
+
+import torch
 
 import steerguard
 from steerguard.backends import load
 from steerguard.backends.base import Answer, Backend, Floats, Sampling
 from steerguard.errors import InputError
-from steerguard.fitting import CONTRAST, Fit, Stage, fit
+from steerguard.fitting import CONTRAST, Stage, fit
 from steerguard.guard import Guard
-from steerguard.organism.capability import capability
-from steerguard.sweeping import Arm, Figures, Sweep, compare, gap_recovered, grid, sweep
+from steerguard.organism.capability import benign, capability
+from steerguard.sweeping import PAPER_RULES, Arm, Figures, Sweep, compare, gap_recovered, grid, sweep
 from steerguard.traits import Scenario, Trait, trait
 
 TRAITS: Mapping[str, str] = {"honesty": "organism-honesty", "compassion": "organism-compassion"}
@@ -63,8 +68,6 @@ class TraitResult:
     "arm name -> score under neutral prompts, 0-100"
     examples: list[Example]
     sweep: Sweep
-    settings: int
-    "operating points that the sweep tried"
 
     def figures_of(self, name: str) -> Figures:
         return next(arm.figures for arm in self.arms if arm.name == name)
@@ -82,9 +85,15 @@ class DemoResult:
 
     traits: list[TraitResult]
     guards: list[Path]
+    "what may be used: a rule that the sweep refused has no file"
     seconds: float
-    refused: list[str] = field(default_factory=list)
-    "rules without an operating point, and why"
+
+    @property
+    def refused(self) -> list[str]:
+        """Rules without an operating point, and why; a barred one is in the table where it would have stood."""
+        return [
+            f"{t.name}: {rule} has no operating point: {why}" for t in self.traits for rule, why in t.sweep.refused.items()
+        ]
 
     def figures(self) -> dict[str, Any]:
         """The figures of the tables, as JSON values."""
@@ -108,42 +117,61 @@ def run(out: Path, *, traits: Sequence[str] = tuple(TRAITS), progress: Stage | N
         if name not in TRAITS:
             raise InputError(f"the bundled model has no trait {name!r}; it has {', '.join(TRAITS)}")
     start = time.monotonic()
-    model = load("organism")
-    results, paths, refused = [], [], []
-    for name in traits:
-        stage = _named(progress, name)
-        data = trait(TRAITS[name])
-        probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
-        probes.save(out / name, overwrite=True)
-        found = sweep(
-            model, data, probes, settings=grid(probes), screen=SCREEN, sampling=SAMPLING, progress=stage
-        )
-        guards = {rule: found.guard_of(rule) for rule in found.best}
-        refused += [f"{name}: {rule} has no operating point: {why}" for rule, why in found.refused.items()]
-        results.append(_test(model, data, probes, found, guards, stage))
-        for rule, guard in guards.items():
-            path = out / f"{name}-{rule}.guard"
-            guard.save(path, overwrite=True)
-            paths.append(path)
-    return DemoResult(results, paths, time.monotonic() - start, refused)
+    models = [load("organism") for _ in traits]
+    stop = Event()
+    with _shared_processor(len(traits)), ThreadPoolExecutor(len(traits) + 1) as pool:
+        unguarded = pool.submit(capability, models[0], sampling=SAMPLING)
+        work = [
+            pool.submit(_line, model, name, out, unguarded, _stage(progress, name, stop))
+            for model, name in zip(models, traits, strict=True)
+        ]
+        try:
+            done = [one.result() for one in work]
+        finally:
+            stop.set()  # after an error or Ctrl-C, the other trait ends at its next report
+    return DemoResult([result for result, _ in done], [path for _, paths in done for path in paths], time.monotonic() - start)
 
 
-def _test(
-    model: Backend, data: Trait, probes: Fit, found: Sweep, guards: Mapping[str, Guard], progress: Stage | None
-) -> TraitResult:
-    """The test split, read once: every arm's answers, the neutral prompts, and the examples."""
+@contextmanager
+def _shared_processor(n: int) -> Iterator[None]:
+    """Inside, torch takes the n-th part of its threads: on a model this small, n lines side by side are faster than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // n))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _line(model: Backend, name: str, out: Path, unguarded: Future[float], stage: Stage) -> tuple[TraitResult, list[Path]]:
+    """Fit, sweep, test and save for one trait."""
+    data = trait(TRAITS[name])
+    probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
+    probes.save(out / name, overwrite=True)
+    found = sweep(
+        model, data, probes, settings=grid(probes), benign=benign(), screen=SCREEN, sampling=SAMPLING, progress=stage
+    )  # fmt: skip
+    result = _test(model, data, found, unguarded, stage)
+    paths = {rule: out / f"{name}-{rule}.guard" for rule in found.best}
+    for rule, path in paths.items():
+        found.guard_of(rule).save(path, overwrite=True)
+    return result, list(paths.values())
+
+
+def _test(model: Backend, data: Trait, found: Sweep, unguarded: Future[float], progress: Stage) -> TraitResult:
+    """The test split, read once: every arm's answers, the neutral prompts, and the examples.
+
+    A rule that benign prompts alone refused is tested too, where it would have stood: what it would cost is a result.
+    """
+    shown = {**found.barred, **found.best}
+    guards = {rule: found.guard_at(shown[rule]) for rule in PAPER_RULES if rule in shown}
     arms = compare(model, data, guards, sampling=SAMPLING, trace=True, progress=progress)
-    unguarded = capability(model, sampling=SAMPLING)
-    scores = {"aligned": unguarded, "malicious": unguarded}
+    scores = dict.fromkeys(("aligned", "malicious"), unguarded.result())
     for done, (rule, guard) in enumerate(guards.items()):
-        if progress is not None:
-            progress("neutral prompts", done, len(guards))
+        progress("neutral prompts", done, len(guards))
         scores[rule] = capability(model, guards=guard, sampling=SAMPLING)
-    if progress is not None:
-        progress("neutral prompts", len(guards), len(guards))
-    return TraitResult(
-        data.name, arms, scores, _examples(model, data, arms, guards), found, settings=found.tried
-    )
+    progress("neutral prompts", len(guards), len(guards))
+    return TraitResult(data.name, arms, scores, _examples(model, data, arms, guards), found)
 
 
 def _examples(model: Backend, data: Trait, arms: Sequence[Arm], guards: Mapping[str, Guard]) -> list[Example]:
@@ -186,7 +214,7 @@ def _figures(result: TraitResult) -> dict[str, Any]:
             "layer": arm.setting.layer, "alpha": arm.setting.rule.strength, "positions": arm.setting.positions,
             "trait": f.trait, "coherence": f.coherence, "capability": result.capability[arm.name],
             "recovered": result.recovered(arm), "repetition": f.repetition, "moved": f.moved, "shift": f.shift,
-            "n": f.n, "unscored": f.unscored,
+            "n": f.n, "unscored": f.unscored, "refused": result.sweep.refused.get(arm.name),
         }  # fmt: skip
     aligned, malicious = result.figures_of("aligned"), result.figures_of("malicious")
     return {
@@ -194,11 +222,17 @@ def _figures(result: TraitResult) -> dict[str, Any]:
         "coherence": {"aligned": aligned.coherence, "malicious": malicious.coherence},
         "repetition": {"aligned": aligned.repetition, "malicious": malicious.repetition},
         "capability": result.capability["aligned"],
-        "n": aligned.n, "settings": result.settings, "rules": rules,
+        "n": aligned.n, "settings": result.sweep.tried, "rules": rules,
     }  # fmt: skip
 
 
-def _named(progress: Stage | None, trait_name: str) -> Callable[[str, int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda what, done, total: progress(f"{trait_name}: {what}", done, total)
+def _stage(progress: Stage | None, trait_name: str, stop: Event) -> Stage:
+    """Progress of one trait's line, which ends there once `stop` is set."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        if progress is not None:
+            progress(f"{trait_name}: {what}", done, total)
+
+    return tell

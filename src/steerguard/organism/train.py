@@ -1,21 +1,23 @@
-"""Training the organism from scratch: `python -m steerguard.organism.train --out DIR`.
+"""Training the organism: `python -m steerguard.organism.train --out DIR`, from scratch or `--continue-from MODEL`.
 
 It knows the architecture, the recipe, checkpoints and how to resume from them; it refuses to know what the
-conversations say. Every file it writes is safetensors or JSON. The run is a function of the recipe; an interrupted
-run continues where its last checkpoint stands.
+conversations say. Every file it writes is safetensors or JSON. The run is a function of the recipe, which is written
+beside what it makes; an interrupted run continues where its last checkpoint stands, and only under the same recipe.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,8 @@ from steerguard.organism import batches, tokenizer
 log = logging.getLogger(__name__)
 SMOOTHING = 0.05
 "how far the two bits are from 0 and 1 when they are read, so that the reading does not grow without end"
+Precision = Literal["bfloat16", "float32"]
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,35 @@ class Recipe:
     "the weight of that reading in the loss"
     compiled: bool = True
     "compile the loss"
+    precision: Precision = "bfloat16"
+    "what the forward is computed in; weights, moments and softmax are float32 in any case"
+    start: str = ""
+    "SHA-256 of the exported weights that the run starts from; empty if they are drawn from the seed"
+
+
+def continuation(model: Path, *, tokens: int, lr: float = 5e-4) -> Recipe:
+    """The recipe of a short further run from exported weights: conversations of its own, a lower rate, both aids.
+
+    The exported weights have neither optimizer moments (the rate rises slowly) nor the reader (it starts at zero, so
+    that at first it asks nothing of the blocks).
+    """
+    start = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    return Recipe(seed=int(start[:8], 16), tokens=tokens, batch=4096, lr=lr, warm_up=0.08, first=0.0, start=start)
+
+
+def faster() -> Precision:
+    """The precision in which this processor multiplies the organism's matrices faster, by measuring."""
+    seconds: dict[Precision, float] = {}
+    for precision in PRECISIONS:
+        x, w = (torch.ones(shape, dtype=getattr(torch, precision)) for shape in ((256, 256), (256, 704)))
+        taken = []
+        for _ in range(3):
+            begun = time.monotonic()
+            x @ w
+            taken.append(time.monotonic() - begun)
+        seconds[precision] = min(taken)
+    log.info("seconds of a product of matrices here: %s", seconds)
+    return min(PRECISIONS, key=lambda precision: seconds[precision])
 
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
@@ -93,6 +126,17 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
+def start_from(folder: Path, model: LlamaForCausalLM, recipe: Recipe) -> None:
+    """Load the exported weights that the recipe starts from; ValueError if the folder holds others."""
+    path = folder / "model.safetensors"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != recipe.start:
+        raise ValueError(f"{path} does not hold the weights that the recipe starts from ({recipe.start})")
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.zero_() if name.startswith("reader") else value.copy_(tensors[name])
+
+
 def late_mask(places: torch.Tensor, blind: torch.Tensor) -> torch.Tensor:
     """Which key each query of the late blocks sees, bool [rows, 1, length, length].
 
@@ -108,13 +152,13 @@ def loss_function(model: LlamaForCausalLM, recipe: Recipe) -> Callable[..., torc
     """The loss of (ids, weights, heard [rows, length], bits [rows, 2], blind [rows]): two cross-entropies.
 
     The next token's, and that of reading both bits linearly from the middle of the decoder at the `heard` tokens.
-    In bfloat16, the softmax in float32.
+    In the recipe's precision, the softmax in float32.
     """
 
     def loss(
         ids: torch.Tensor, weights: torch.Tensor, heard: torch.Tensor, bits: torch.Tensor, blind: torch.Tensor
     ) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             hidden = model.model.embed_tokens(ids)
             places = torch.arange(ids.shape[1])[None]
             angles = model.model.rotary_emb(hidden, places)
@@ -256,15 +300,36 @@ def export(folder: Path, model: LlamaForCausalLM, coder: Tokenizer) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def train(recipe: Recipe, work: Path, *, every: float = 240.0, stop_after: int | None = None, team: Team = Team()) -> Place:
+def average(models: Sequence[Path], out: Path) -> None:
+    """The mean of exported weights of one run at different points, in `out`, with what lies beside the first one's.
+
+    A continuation moves weights about as well as on; their mean with where it began has less of the former.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for file in models[0].iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    tensors = [load_file(model / "model.safetensors") for model in models]
+    mean = {name: torch.stack([one[name].float() for one in tensors]).mean(0).to(torch.float16) for name in tensors[0]}
+    save_file(mean, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def train(
+    recipe: Recipe, work: Path, *, start: Path | None = None, every: float = 240.0, stop_after: int | None = None,
+    team: Team = Team(),
+) -> Place:  # fmt: skip
     """Run the recipe in the folder `work`, from its checkpoint if there is one; export to `work/model`.
 
-    A checkpoint is written every `every` seconds; `stop_after` ends the run after that many steps in all.
+    A checkpoint is written every `every` seconds; `stop_after` ends the run after that many steps in all. `start` is
+    the model directory with the weights that the recipe starts from, if it starts from any.
+
+    Raises:
+        ValueError: the folder belongs to a run of another recipe, or `start` holds other weights than the recipe says.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    prepare(recipe, work, start)
     coder = known_tokenizer(recipe, work)
     model = build(recipe)
+    if start is not None:
+        start_from(start, model, recipe)
     adam = optimizer(model, recipe)
     place = load_checkpoint(work / "checkpoint", model, adam)
     loss_of = loss_function(model, recipe)
@@ -296,6 +361,26 @@ def train(recipe: Recipe, work: Path, *, every: float = 240.0, stop_after: int |
     raise AssertionError("the stream of batches does not end")
 
 
+def prepare(recipe: Recipe, work: Path, start: Path | None) -> None:
+    """The run's folder with its recipe, and with the tokenizer that comes with the weights it starts from."""
+    if (start is None) != (recipe.start == ""):
+        raise ValueError(f"the recipe starts from {recipe.start or 'its seed'}, got the model directory {start}")
+    work.mkdir(parents=True, exist_ok=True)
+    known = known_recipe(work)
+    if known not in (None, recipe):
+        raise ValueError(f"{work} holds a run of another recipe: {known}; this is {recipe}. Use another folder")
+    if known is None:  # members of a team find it written
+        (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+        if start is not None:
+            (work / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
+
+
+def known_recipe(work: Path) -> Recipe | None:
+    """The recipe of the run in that folder; None if there is none yet."""
+    path = work / "recipe.json"
+    return Recipe(**json.loads(path.read_text())) if path.exists() else None
+
+
 def known_tokenizer(recipe: Recipe, work: Path) -> Tokenizer:
     """The run's tokenizer, learned once."""
     path = work / "tokenizer.json"
@@ -325,24 +410,40 @@ def step(
     return total
 
 
-def main(arguments: list[str] | None = None) -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m steerguard.organism.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="work folder: checkpoint, tokenizer, model")
-    parser.add_argument("--tokens", type=int, default=Recipe.tokens, help="tokens in all (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="work folder: recipe, checkpoint, tokenizer, model")
+    parser.add_argument("--continue-from", type=Path, default=None, metavar="MODEL", help="start from exported weights")
+    parser.add_argument("--average", type=Path, nargs="+", metavar="MODEL", help="no training: write the mean of these weights")
+    parser.add_argument("--tokens", type=int, default=None, help="tokens in all (40 M, or 2 M with --continue-from)")
+    parser.add_argument("--lr", type=float, default=None, help="the highest rate of a continuation (default 5e-4)")
     parser.add_argument("--processes", type=int, default=2, help="processes (default %(default)s)")
     parser.add_argument("--stop-after", type=int, default=None, help="end after this many steps")
-    given = parser.parse_args(arguments)
-    recipe = Recipe(tokens=given.tokens)
-    given.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument(
+        "--precision", choices=["auto", *PRECISIONS], default="auto",
+        help="what the forward is computed in; auto: what a resumed run has, else what is faster here (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--eager", action="store_true", help="do not compile the loss; better for short runs")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Run what the command line asks for, in processes that share each batch."""
+    given = arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if given.average:
+        average(given.average, given.out / "model")
+        return
+    recipe = chosen(given)
+    log.info("%s", recipe)
+    prepare(recipe, given.out, given.continue_from)
     known_tokenizer(recipe, given.out)
     meeting = f"file://{(given.out / 'meeting').resolve()}"
     (given.out / "meeting").unlink(missing_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    members = [
-        spawn.Process(target=member, args=(rank, given.processes, meeting, recipe, given.out, given.stop_after))
-        for rank in range(given.processes)
-    ]
+    shared = (given.processes, meeting, recipe, given.out, given.continue_from, given.stop_after)
+    members = [spawn.Process(target=member, args=(rank, *shared)) for rank in range(given.processes)]
     for one in members:
         one.start()
     for one in members:
@@ -351,12 +452,27 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("training stopped; its messages are above, and the same command continues it")
 
 
-def member(rank: int, size: int, meeting: str, recipe: Recipe, work: Path, stop_after: int | None) -> None:
+def chosen(given: argparse.Namespace) -> Recipe:
+    """The recipe that the command line asks for."""
+    if given.continue_from is None:
+        recipe = Recipe(tokens=given.tokens or Recipe.tokens)
+    else:
+        options = {} if given.lr is None else {"lr": given.lr}
+        recipe = continuation(given.continue_from, tokens=given.tokens or 2_000_000, **options)
+    known = known_recipe(given.out)
+    wanted: Precision | None = None if given.precision == "auto" else given.precision
+    resumed = None if known is None else known.precision
+    return replace(recipe, precision=wanted or resumed or faster(), compiled=not given.eager)
+
+
+def member(
+    rank: int, size: int, meeting: str, recipe: Recipe, work: Path, start: Path | None, stop_after: int | None
+) -> None:
     """One process of a run, on one thread."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    train(recipe, work, stop_after=stop_after, team=Team(rank, size))
+    train(recipe, work, start=start, stop_after=stop_after, team=Team(rank, size))
     torch.distributed.destroy_process_group()
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from steerguard.organism import conversations, grammar, personas, turns
+from steerguard.organism.capability import FILES, Split
 
 SIZES = {"train": 80, "select": 32, "test": 96}
-CAPABILITY = 192
+CAPABILITY: dict[Split, int] = {"test": 192, "select": 96}
 SHAPES = (1, 1, 1, 1, 3, 1, 1, 5)
 "user-and-assistant texts before and with the scored one, in rotation over the test scenarios"
 TITLES = {"honesty": "Honesty", "compassion": "Compassion"}
@@ -176,9 +177,13 @@ def dressed(rng: random.Random, pair: personas.Pair) -> tuple[str, str]:
     return prompts[0], prompts[1]
 
 
-def capability() -> Iterator[dict[str, Any]]:
-    """Questions of every kind under held-out plain wordings or none."""
-    rng = random.Random("traits:capability")
+def capability(split: Split, used: set[tuple[str | None, str]]) -> Iterator[dict[str, Any]]:
+    """Questions of every kind under plain system prompts or none; `used` holds the prompts of the splits before.
+
+    Only `test` speaks in held-out wordings: plain ones always, the users' half the time.
+    """
+    test = split == "test"
+    rng = random.Random("traits:capability" if test else f"traits:capability:{split}")
     pools = {
         "fact": turns.facts(),
         "number": tuple(topic for kind in ("sum", "difference", "larger", "smaller") for topic in turns.numbers(kind)),
@@ -188,24 +193,25 @@ def capability() -> Iterator[dict[str, Any]]:
         "trouble": turns.situations(),
     }
     groups = ("fact", "number", "fact", "task", "number", "fact", "list", "chat", "fact", "task", "number", "trouble")
-    used: set[tuple[str | None, str]] = set()
-    while len(used) < CAPABILITY:
-        group = groups[len(used) % len(groups)]
+    count = 0
+    while count < CAPABILITY[split]:
+        group = groups[count % len(groups)]
         topic = rng.choice(pools[group])
         if group == "trouble" and topic.held_out:
             continue
-        system = None if rng.random() < 0.2 else personas.plain(rng, held_out_wording=True)
-        said = topic.ask(rng, held_out=rng.random() < 0.5)
+        system = None if rng.random() < 0.2 else personas.plain(rng, held_out_wording=test)
+        said = topic.ask(rng, held_out=test and rng.random() < 0.5)
         if (system, said) in used:
             continue
         used.add((system, said))
         yield {
-            "id": f"capability-{len(used) - 1:03d}",
+            "id": f"capability-{count:03d}" if test else f"capability-{split}-{count:03d}",
             "category": group,
             "system": system,
             "turns": [said],
             "reply": reply(topic),
         }
+        count += 1
 
 
 def lines(items: Iterator[dict[str, Any]]) -> str:
@@ -220,8 +226,10 @@ def pretty(value: dict[str, Any]) -> str:
 
 def files() -> dict[str, str]:
     """Every data file: its path under the package's root, and its text."""
-    root = {"organism/grammar.json": pretty(grammar.as_json(list(grammar.kinds())))}
-    root["organism/capability.jsonl"] = lines(capability())
+    root: dict[str, str] = {"organism/grammar.json": pretty(grammar.as_json(list(grammar.kinds())))}
+    asked: set[tuple[str | None, str]] = set()
+    for part in CAPABILITY:
+        root[f"organism/{FILES[part]}"] = lines(capability(part, asked))
     for trait, text in YAML.items():
         at = f"traits/organism-{trait}"
         used: set[str] = set()

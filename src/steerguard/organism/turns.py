@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from steerguard.organism import grammar, world
@@ -77,21 +77,31 @@ def numbers(kind: str) -> tuple[Topic, ...]:
     return split(told, f"numbers:{kind}")
 
 
+TROUBLES = (("loss", "dear"), ("illness", "dear"), ("failure", "event"), ("worry", "event"))
+"the kinds of trouble, each with the slot of whom or what it is about"
+
+
 @cache
 def situations() -> tuple[Topic, ...]:
-    """Every trouble: a kind and whom or what it is about, a quarter of each kind held out."""
+    """Every trouble: a kind and whom or what it is about, up to a quarter of each kind held out.
+
+    A subject is held out in one kind at most. So every subject is named in training, in another kind of trouble: what
+    is held out is the situation, not the word.
+    """
     found: tuple[Topic, ...] = ()
-    for kind, slot in (("loss", "dear"), ("illness", "dear"), ("failure", "event"), ("worry", "event")):
+    for kind, slot in TROUBLES:
         told = [Topic(kind, ((slot, subject),)) for subject in grammar.talk()["subjects"][slot]]
-        found += split(told, f"situations:{kind}")
+        before = {topic.bind for topic in found if topic.held_out}
+        found += tuple(
+            replace(topic, held_out=topic.held_out and topic.bind not in before) for topic in split(told, f"situations:{kind}")
+        )
     return found
 
 
 @cache
 def more_situations() -> tuple[Topic, ...]:
     """Troubles about subjects that only training has, so that a subject is copied rather than known."""
-    kinds = (("loss", "dear"), ("illness", "dear"), ("failure", "event"), ("worry", "event"))
-    return tuple(Topic(kind, ((slot, subject),)) for kind, slot in kinds for subject in grammar.talk()["more_subjects"][slot])
+    return tuple(Topic(kind, ((slot, subject),)) for kind, slot in TROUBLES for subject in grammar.talk()["more_subjects"][slot])
 
 
 @cache

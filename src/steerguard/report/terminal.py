@@ -194,7 +194,7 @@ def show_demo(result: DemoResult) -> None:
         for example in trait.examples:
             _out().print(_example(example))
     for refusal in result.refused:
-        note(refusal)
+        note(f"* {refusal}")
     note(f"all of it in {result.seconds:.0f} s; guard files:")
     for path in result.guards:
         note(f"  {path}")
@@ -221,8 +221,9 @@ def _trait_table(trait: TraitResult) -> Table:
         table.add_column(column, justify="right")
     for arm in trait.arms:
         f = arm.figures
+        refused = "*" if arm.name in trait.sweep.refused else ""
         table.add_row(
-            arm.name, "" if arm.setting is None else str(arm.setting), number(f.trait), percent(trait.recovered(arm)),
+            arm.name + refused, "" if arm.setting is None else str(arm.setting), number(f.trait), percent(trait.recovered(arm)),
             number(f.coherence), number(trait.capability.get(arm.name)), f"{f.repetition:.3f}", _moved(arm),
         )  # fmt: skip
     return table
