@@ -13,7 +13,7 @@ from hf_cases import BY_NAME, PROMPTS, STEPS, guard_of, ids_of, tiny_model
 
 from architectures import build, tokenizer
 from steerguard.backends.base import GREEDY, Sampling
-from steerguard.backends.drawing import Draw, Text, gumbel, nucleus, row_keys
+from steerguard.backends.drawing import Draw, Text, _few, gumbel, nucleus, row_keys
 from steerguard.backends.hf import TransformersModel, load, wrap
 from steerguard.backends.hf_generate import batches
 from steerguard.errors import ContrastError, InputError, PromptError
@@ -73,8 +73,8 @@ def test_looking_at_few_tokens_first_draws_the_same(spread: float, monkeypatch: 
     sampling = Sampling(temperature=0.6, top_p=0.9)
     draw = Draw(sampling, row_keys(sampling, [[i] for i in range(40)], [0] * 40), begin=1, steps=1)
     found = draw(ids, scores)
-    assert (draw._few(torch.log_softmax(scores / 0.6, dim=-1), draw._keys[:, 0]) is None) == (spread < 4)
-    monkeypatch.setattr("steerguard.backends.hf_sampling.FEW", 500)
+    assert (_few(torch.log_softmax(scores / 0.6, dim=-1), 0.9, draw._keys[:, 0]) is None) == (spread < 4)
+    monkeypatch.setattr("steerguard.backends.drawing.FEW", 500)
     assert torch.equal(found, draw(ids, scores))
 
 
