@@ -54,8 +54,9 @@ class Crowd:
     seed: int
     known: dict[tuple[str, str], Known] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    "connections that ended before their answer"
     finished: int = 0
-    tokens: int = 0
     cancelled: int = 0
     disconnected: int = 0
 
@@ -80,13 +81,16 @@ class Crowd:
 
     async def _run(self, requests: int, at_once: int) -> None:
         gate = asyncio.Semaphore(at_once)
-        # the server closes a connection that was idle for some seconds, perhaps just as it is used again: let it go before
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=at_once, keepalive_expiry=1)
+        # a connection for each: one that is kept may be closed by the server, or with a client who leaves, as it is used again
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=self.server.url, timeout=300, limits=limits) as client:
 
             async def one() -> None:
                 async with gate:
-                    await self._ask(client)
+                    try:
+                        await self._ask(client)
+                    except httpx.TransportError as error:
+                        self.broken.append(repr(error))
 
             await asyncio.gather(*(one() for _ in range(requests)))
 
@@ -126,7 +130,6 @@ class Crowd:
     def _judge(self, prompt: str, guards: Guards, ids: Sequence[int], limit: int) -> None:
         known = self.known[prompt, json.dumps(guards)]
         self.finished += 1
-        self.tokens += len(ids)
         due = known.ids[:limit]
         told = min(known.sure, limit)
         if tuple(ids[:told]) != due[:told] or (known.sure >= len(due) and len(ids) != len(due)):
