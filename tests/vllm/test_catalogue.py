@@ -64,6 +64,13 @@ def test_settings_that_are_not_known_are_refused(settings: dict[str, Any]) -> No
         Settings.read({"steerguard": settings})
 
 
+def test_a_refusal_names_the_keys_that_there_are() -> None:
+    with pytest.raises(InputError, match="there are file, strength, positions, required$"):
+        Settings.read({"steerguard": {"guards": [{"file": "x", "layer": 3}]}})
+    with pytest.raises(InputError, match="there are guards, default, .*inspect$"):
+        Settings.read({"steerguard": {"guard": []}})
+
+
 def test_a_request_that_says_nothing_gets_the_default(files: dict[str, str]) -> None:
     assert names(catalogue(files).choose(None)) == ["honesty", "warmth", "calm"]
     assert names(catalogue(files, default=["calm"]).choose(None)) == ["calm"]

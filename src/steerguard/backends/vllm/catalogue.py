@@ -52,6 +52,9 @@ MAX_ASKED = 16
 
 # ------------------------------------------------------------------------------------------------------ settings
 
+RESOLVED_SETTINGS = ("open_layers", "abi")
+"""Settings that nobody writes by hand."""
+
 
 class GuardSettings(BaseModel):
     """One guard that is served."""
@@ -103,9 +106,11 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or SETTINGS
+            model: type[BaseModel] = GuardSettings if first["loc"][:1] == ("guards",) and len(first["loc"]) > 2 else cls
+            known = [name for name in model.model_fields if name not in RESOLVED_SETTINGS]
             raise InputError(
                 f"additional_config[{SETTINGS!r}]: {where}: {first['msg']}, got {shown(first['input'])}; "
-                f"there are {', '.join(cls.model_fields)}"
+                f"there are {', '.join(known)}"
             ) from error
 
 
