@@ -16,7 +16,7 @@ Wants vLLM, steerguard installed beside it, and a machine that does nothing else
 Engines of different configurations cannot live in one process. Each has a worker process of its own, started once and
 then asked over a pipe, one at a time and in turn (A B C C B A ...); an idle worker computes nothing. A ratio is the
 median over the rounds of the same round's quotient. Where two engines don't fit into the memory (`--one-at-a-time`,
-always so for qwen3-32b), each round starts each engine anew; ratios over `idle` are then the close ones.
+always so on a GPU), each round starts each engine anew; ratios over `idle` are then the close ones.
 
 Everything is as vLLM has it by default: compiled, CUDA graphs on a GPU, prefix caching on. Prompts are random and
 distinct, answers are greedy and of one length. Measured: output tokens per second of the whole batch; time per output
@@ -24,10 +24,12 @@ token after a request's first, and time to its first, both the mean over request
 shape are random: cost does not depend on them. The share of tokens that moved is read from the counters, and printed.
 
 vllm-lens: version 1.3.0 wants Python 3.12 and vLLM 0.30.0 exactly, for which there is no CPU build on PyPI; so its own
-requirements cannot be met on a CPU. Its code runs on Python 3.11 and vLLM 0.32's CPU build all the same, if its pins
-are overridden (`pip install --no-deps --ignore-requires-python vllm-lens`, then zstandard and cloudpickle, in an environment with
-vLLM): PATH is that environment's Python. It runs there without compilation, as it does everywhere (it forces eager
-mode), and its ratios are over the same environment's vLLM without it, compiled.
+requirements cannot be met on a CPU. Its code runs on Python 3.11 and vLLM 0.32's CPU build all the same, and steers, if
+its pins are overridden (`pip install --no-deps --ignore-requires-python vllm-lens`, then zstandard and cloudpickle, in an
+environment with vLLM): PATH is that environment's Python. It runs there without compilation, as it does everywhere (it
+forces eager mode), and its ratios are over the same environment's vLLM without it, compiled.
+
+Memory: Qwen3-0.6B's shape takes about 7 GB for each engine at batch 64 in float32, all of them at once.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEFAULTS = {
-    ("organism", "cpu"): {"prompt": 32, "tokens": 32, "rounds": 15},
+    ("organism", "cpu"): {"prompt": 32, "tokens": 32, "rounds": 11},
     ("qwen3-0.6b", "cpu"): {"prompt": 8, "tokens": 8, "rounds": 3},
 }
 """Tokens of a prompt, of an answer, and rounds; so that the whole takes about ten minutes on two cores."""
@@ -387,8 +389,8 @@ def processor() -> str:
 
 def engine_options(args: argparse.Namespace, model: Model, sizes: dict[str, int]) -> dict[str, Any]:
     """vLLM's options for the largest batch; keys and values come in blocks of at most 128 tokens."""
-    blocks = math.ceil((sizes["prompt"] + sizes["tokens"]) / 128) + 1
-    memory = max(2**26, model.kv_bytes * 128 * blocks * max(args.batch)) if args.device == "cpu" else None
+    blocks = math.ceil((sizes["prompt"] + sizes["tokens"]) / 128) * max(args.batch) + 8
+    memory = max(2**26, model.kv_bytes * 128 * blocks) if args.device == "cpu" else None
     longest = max(sizes["prompt"] + sizes["tokens"], 256)
     return {
         "dtype": args.dtype, "max_model_len": longest, "max_num_seqs": max(args.batch), "generation_config": "vllm",
@@ -406,12 +408,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32; on a GPU bfloat16")
     parser.add_argument("--one-at-a-time", action="store_true", help="never two engines in memory; always so on a GPU")
+    parser.add_argument("--without-present", action="store_true", help="leave that arm out, where memory holds two engines")
     parser.add_argument("--lens-python", help="the Python of an environment with vllm-lens")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.batch = args.batch or ([1, 16, 64] if args.device == "cpu" else [1, 32, 256])
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     of, results = engines(args.lens_python), dict[str, Any]()
+    if args.without_present:
+        del of["present"]
     for shape in args.shape:
         chosen = {key: value for key in OTHERWISE if (value := getattr(args, key)) is not None}
         sizes = {**DEFAULTS.get((shape, args.device), OTHERWISE), **chosen}
