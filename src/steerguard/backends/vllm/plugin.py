@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import Any
 
 from steerguard.backends.vllm.catalogue import ASKED, RESOLVED, SETTINGS, Catalogue, Settings, cache_key
@@ -51,9 +52,21 @@ def _cpu_workers() -> list[Any]:
 
     if not current_platform.is_cpu():
         return []
+    from vllm.triton_utils import dispatcher
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    _wrap(dispatcher, "_rebind_kernels", _without_llvmlite)
     return [CPUWorker]
+
+
+def _without_llvmlite(inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """vLLM's CPU worker looks into every loaded module and stumbles over Numba's `llvmlite.binding.ffi.lib`, whose every
+    attribute is a foreign function; so a second engine in a process, or any after Numba was imported, would not start."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite.")}
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        sys.modules.update(hidden)
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
