@@ -25,7 +25,6 @@ from steerguard.sweeping import (
     choose,
     compare,
     gap_recovered,
-    gentlest,
     grid,
     sweep,
 )
@@ -65,16 +64,18 @@ def test_a_rule_without_an_eligible_point_says_which_constraint_bit() -> None:
 
 def test_strong_and_gentle_settings_go_on() -> None:
     strong, second, gentle, weak, broken = (Setting(sg.StTP(alpha), 1) for alpha in (36, 30, 12, 6, 24))
+    deep = Setting(sg.StTP(36), 2)
     points = {
         strong: replace(figures(99, 99, shift=4.0), error=5.0),
         second: replace(figures(98, 99, shift=3.0), error=5.0),
         gentle: figures(95, 99, shift=1.0),
         weak: figures(50, 99, shift=0.5),
         broken: figures(100, 20, shift=9.0),
+        deep: figures(60, 99, shift=20.0),
     }
     assert _finalists(points, ALIGNED, 2) == [strong, gentle]
-    assert _finalists(points, ALIGNED, 3) == [strong, gentle, second]
-    assert _finalists(points, ALIGNED, 9) == [strong, gentle, second, weak, broken]
+    assert _finalists(points, ALIGNED, 4) == [strong, deep, gentle, second]
+    assert _finalists(points, ALIGNED, 9) == [strong, deep, gentle, second, weak, broken]
 
 
 def test_settings_that_cannot_be_told_apart_go_to_the_smaller_shift() -> None:
@@ -84,12 +85,17 @@ def test_settings_that_cannot_be_told_apart_go_to_the_smaller_shift() -> None:
         gentle: figures(88, 99, shift=2.0),  # just within one standard error
         weak: figures(87.9, 99, shift=1.0),  # just outside
     }
-    assert gentlest(points) == gentle
-    assert gentlest({**points, strong: figures(92, 99, shift=3.0)}) == strong  # known exactly: the highest trait
+    assert choose(points, ALIGNED).best == {"StTP": gentle}
+    exact = {**points, strong: figures(92, 99, shift=3.0)}
+    assert choose(exact, ALIGNED).best == {"StTP": strong}  # known exactly: the highest trait
+    # benign answers tell more than the shift does
+    changed = {strong: 0.1, gentle: 0.2}
+    found = choose(points, ALIGNED, costs=lambda settings: {s: cost(0, changed[s]) for s in settings})
+    assert found.best == {"StTP": strong}
 
 
-def cost(lost: float) -> Cost:
-    return Cost(unguarded=98.0, guarded=98.0 - lost, moved=0.1, n=96)
+def cost(lost: float, changed: float = 0.0) -> Cost:
+    return Cost(unguarded=98.0, guarded=98.0 - lost, moved=0.1, changed=changed, n=96)
 
 
 def test_a_setting_that_harms_benign_prompts_is_passed_over() -> None:
@@ -190,7 +196,7 @@ def test_a_sweep_looks_at_benign_prompts(model: sg.Backend, probes: Fit) -> None
     harmless = found.costs[settings[0]]
     assert (harmless.unguarded, harmless.lost, harmless.n) == (100.0, 0.0, 2)
     chosen = found.guard.provenance["chosen"]
-    assert chosen["benign"] == {"unguarded": 100.0, "guarded": 100.0, "moved": harmless.moved, "n": 2}
+    assert chosen["benign"] == {"unguarded": 100.0, "guarded": 100.0, "moved": harmless.moved, "changed": 0.0, "n": 2}
     assert "at most 1 points lost on benign prompts" in chosen["constraint"]
     assert chosen["eligible"]
     refused = sweep(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,8 @@ class Cost:
     "mean score under the guard, same prompts and same luck"
     moved: float
     "share of the tokens that the gate moved"
+    changed: float
+    "share of the answers that are not the unguarded ones word for word; tells settings apart long before a score does"
     n: int
 
     @property
@@ -186,7 +188,7 @@ class Sweep:
         benign = None
         if cost is not None:
             constraints.append(f"at most {BENIGN_LOST:g} points lost on benign prompts")
-            benign = {"unguarded": cost.unguarded, "guarded": cost.guarded, "moved": cost.moved, "n": cost.n}
+            benign = asdict(cost)
         return setting.guard(
             self.probes,
             by="sweep", split="select", n=figures.n, settings=self.tried,
@@ -234,7 +236,7 @@ def sweep(
     benign: Benign | None = None,
     sampling: Sampling = Sampling(),
     screen: int | None = None,
-    finalists: int = 4,
+    finalists: int = 6,
     rows: int = 256,
     progress: Stage | None = None,
 ) -> Sweep:
@@ -303,7 +305,7 @@ def _costs(model: Backend, probes: Fit, benign: Benign, sampling: Sampling, prog
         done += len(settings)
         _progress(progress, "settings tried on benign prompts", done, done)
         return {
-            setting: Cost(base, benign.scores(own, unguarded), _moved(own), len(own))
+            setting: Cost(base, benign.scores(own, unguarded), _moved(own), _changed(own, unguarded), len(own))
             for setting, own in zip(settings, answers, strict=True)
         }
 
@@ -311,49 +313,52 @@ def _costs(model: Backend, probes: Fit, benign: Benign, sampling: Sampling, prog
 
 
 def _finalists(points: Mapping[Setting, Figures], aligned: Figures, n: int) -> list[Setting]:
-    """Each rule's n settings that go on: in turns the highest trait, and the gentlest that cannot be told from it.
+    """Each rule's n settings that go on: of each layer the highest trait, best layer first, then the gentlest of each.
 
-    Those with enough coherence come first. A few scenarios mislead, so that not all should be of one kind: if the
-    strongest harm benign prompts, a gentler one must be at hand.
+    Those with enough coherence come first. A few scenarios mislead, so that not all should be of one kind: if one
+    layer's settings harm benign prompts, or the strongest do, others must be at hand.
     """
     out: list[Setting] = []
     for name in dict.fromkeys(s.rule.name for s in points):
         own = {s: f for s, f in points.items() if s.rule.name == name}
-        left = dict(_coherent(own, aligned)[0])
-        others = sorted((s for s in own if s not in left), key=lambda s: _rank(own[s]), reverse=True)
-        chosen: list[Setting] = []
-        while left and len(chosen) < n:
-            strongest = max(left, key=lambda s: _rank(left[s]))
-            chosen.append(gentlest(left) if len(chosen) % 2 else strongest)
-            del left[chosen[-1]]
-        out += [*chosen, *others][:n]
+        coherent, _ = _coherent(own, aligned)
+        ranked = sorted(own, key=lambda s: (s in coherent, *_rank(own[s])), reverse=True)
+        layers = {s.layer: {t: f for t, f in coherent.items() if t.layer == s.layer} for s in ranked if s in coherent}
+        strongest = [max(of, key=lambda s: _rank(own[s])) for of in layers.values()]
+        gentle = [gentlest(nearly_best(of)) for of in layers.values()]
+        half = (n + 1) // 2
+        out += list(dict.fromkeys([*strongest[:half], *gentle[:half], *ranked]))[:n]
     return out
 
 
 def choose(points: Mapping[Setting, Figures], aligned: Figures, *, costs: Costs | None = None) -> Choice:
-    """Each rule's operating point: of the eligible settings, `gentlest`.
+    """Each rule's operating point: of the eligible settings, the `gentlest`.
 
-    Eligible is what keeps enough coherence and does not cost too much on benign prompts; those are asked only about
-    settings that would else be chosen, one of each rule at a time.
+    Eligible is what keeps enough coherence and does not lose too much on benign prompts; those are asked only about
+    settings that would else come into question.
     """
     refused: dict[str, str] = {}
     eligible: dict[str, dict[Setting, Figures]] = {}
     for name in dict.fromkeys(s.rule.name for s in points):
         own = {s: f for s, f in points.items() if s.rule.name == name}
-        eligible[name], refused[name] = _coherent(own, aligned)
-    refused = {name: why for name, why in refused.items() if not eligible[name]}
+        eligible[name], why = _coherent(own, aligned)
+        if not eligible[name]:
+            refused[name] = why
     best: dict[str, Setting] = {}
     barred: dict[str, Setting] = {}
     measured: dict[Setting, Cost] = {}
-    while waiting := {name: gentlest(own) for name, own in eligible.items() if own and name not in best}:
-        if costs is not None:
-            measured |= costs(list(waiting.values()))
-        for name, setting in waiting.items():
-            if costs is None or measured[setting].allowed:
-                best[name] = setting
+    while waiting := {name: nearly_best(own) for name, own in eligible.items() if own and name not in best}:
+        new = [s for near in waiting.values() for s in near if s not in measured]
+        if costs is not None and new:
+            measured |= costs(new)
+        for name, near in waiting.items():
+            harmful = [s for s in near if s in measured and not measured[s].allowed]
+            if not harmful:
+                best[name] = gentlest(near, measured)
                 continue
-            barred.setdefault(name, setting)
-            del eligible[name][setting]
+            barred.setdefault(name, gentlest(near))
+            for setting in harmful:
+                del eligible[name][setting]
             if not eligible[name]:
                 lost = [cost.lost for s, cost in measured.items() if s.rule.name == name]
                 refused[name] = (
@@ -374,16 +379,24 @@ def _coherent(own: Mapping[Setting, Figures], aligned: Figures) -> tuple[dict[Se
     return enough, f"the highest coherence of its {len(own)} settings is {top:.1f}, the bar is {bar:.1f}"
 
 
-def gentlest(points: Mapping[Setting, Figures]) -> Setting:
-    """The setting of the smallest mean shift among those whose trait is within one standard error of the highest.
+def nearly_best(points: Mapping[Setting, Figures]) -> dict[Setting, Figures]:
+    """The settings whose trait is within one standard error of the highest.
 
-    A few scenarios cannot tell such settings apart, and the highest of many noisy figures is mostly the luckiest; the
-    shift is known much better, and a smaller one leaves more of the model as it was.
+    A few scenarios cannot tell them apart, and the highest of many noisy figures is mostly the luckiest.
     """
     top = max(points.values(), key=_rank)
     enough = (top.trait or 0.0) - top.error
-    near = {s: f for s, f in points.items() if (f.trait or 0.0) >= enough}
-    return min(near, key=lambda s: (near[s].shift, -(near[s].trait or 0.0)))
+    return {s: f for s, f in points.items() if (f.trait or 0.0) >= enough}
+
+
+def gentlest(near: Mapping[Setting, Figures], costs: Mapping[Setting, Cost] | None = None) -> Setting:
+    """Of settings as good as each other, the one that leaves most as it was.
+
+    That is the one that changes the fewest benign answers; then, or where none were asked for, the one of the smallest
+    mean shift. Shifts alone mislead between layers, since the residual stream grows from layer to layer.
+    """
+    changed = {s: cost.changed for s, cost in (costs or {}).items()}
+    return min(near, key=lambda s: (changed.get(s, 0.0), near[s].shift, -(near[s].trait or 0.0)))
 
 
 def compare(
@@ -439,6 +452,11 @@ def _moved(answers: Sequence[Answer]) -> float:
     return sum(a.tokens_moved for a in answers) / seen if seen else 0.0
 
 
+def _changed(answers: Sequence[Answer], unguarded: Sequence[Answer]) -> float:
+    """Share of the answers whose text is another than the unguarded one."""
+    return float(np.mean([a.text != b.text for a, b in zip(answers, unguarded, strict=True)]))
+
+
 def _error(values: Sequence[float | None]) -> float:
     """Standard error of the mean of what was scored; 0 where one value cannot tell."""
     scored = [v for v in values if v is not None]
@@ -457,5 +475,5 @@ def _progress(progress: Stage | None, what: str, done: int, total: int) -> None:
 
 __all__ = [
     "Arm", "Benign", "Choice", "Cost", "Figures", "Setting", "Sweep",
-    "choose", "compare", "gap_recovered", "gentlest", "grid", "sweep",
+    "choose", "compare", "gap_recovered", "gentlest", "grid", "nearly_best", "sweep",
 ]  # fmt: skip
