@@ -7,7 +7,7 @@ and eager.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import tiny
 from architectures import ARCHITECTURES, build
 from architectures import tokenizer as tiny_tokenizer
 from steerguard.backends import load
-from steerguard.backends.base import Sampling
-from steerguard.guard import Guard
+from steerguard.backends.base import Answer, Floats, Sampling
+from steerguard.guard import Guard, ModelIdentity
 from steerguard.rules import StMP, StTP, SwFC
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` installs its CPU build")
@@ -57,17 +57,40 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return at
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What transformers says of a folder, under no guard and under several."""
+
+    identity: ModelIdentity
+    guards: list[Guard | None]
+    residuals: list[Floats]
+    "[layers, tokens, d] of one conversation, per guard"
+    answers: list[list[Answer]]
+    "of the prompts, per guard"
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    """Asked before vLLM is: it runs some architectures through transformers, and changes its classes for that."""
+    model = load(folder)
+    every = [None, *guards(model)]
+    return Reference(
+        model.identity,
+        every,
+        [model.residuals(PROMPTS[0], ANSWER, guards=guard) for guard in every],
+        [model.generate(PROMPTS, guards=guard, sampling=GREEDY) for guard in every],
+    )
+
+
 @pytest.fixture(scope="module", params=["eager", "compiled"])
-def models(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Any, Any]]:
-    """The same folder in transformers and in vLLM."""
+def served(request: pytest.FixtureRequest, folder: Path, reference: Reference) -> Iterator[Any]:
+    """The same folder in vLLM."""
     if request.param == "compiled" and folder.name not in ("llama", "gemma2", "qwen3-moe", "gpt2"):
         pytest.skip("compiled on one architecture of each kind of block")
-    hf = load(folder)  # first: vLLM runs some architectures through transformers, and changes its classes for that
-    served = load(
-        folder, backend="vllm", kv_cache_memory_bytes=2**26, max_model_len=256, enforce_eager=request.param == "eager"
-    )
-    yield hf, served
-    served.close()
+    eager = request.param == "eager"
+    model: Any = load(folder, backend="vllm", kv_cache_memory_bytes=2**26, max_model_len=256, enforce_eager=eager)
+    yield model
+    model.close()
 
 
 def guards(model: Any) -> list[Guard]:
@@ -81,25 +104,22 @@ def guards(model: Any) -> list[Guard]:
     ]
 
 
-def test_the_identity_is_the_same(models: tuple[Any, Any]) -> None:
-    hf, served = models
-    assert hf.identity.differences(served.identity) == {}
+def test_the_identity_is_the_same(served: Any, reference: Reference) -> None:
+    assert reference.identity.differences(served.identity) == {}
 
 
-def test_residuals_are_the_same_guarded_and_not(models: tuple[Any, Any]) -> None:
-    hf, served = models
-    for guard in (None, *guards(hf)):
-        ours, theirs = (m.residuals(PROMPTS[0], ANSWER, guards=guard) for m in (served, hf))
+def test_residuals_are_the_same_guarded_and_not(served: Any, reference: Reference) -> None:
+    for guard, theirs in zip(reference.guards, reference.residuals, strict=True):
+        ours = served.residuals(PROMPTS[0], ANSWER, guards=guard)
         scale = np.abs(theirs).mean(axis=(1, 2), keepdims=True)
         assert (np.abs(ours - theirs) / scale).max() < 2e-3, guard
 
 
-def test_greedy_text_and_moved_tokens_are_the_same(models: tuple[Any, Any]) -> None:
-    hf, served = models
-    plain = [a.ids for a in hf.generate(PROMPTS, sampling=GREEDY)]
+def test_greedy_text_and_moved_tokens_are_the_same(served: Any, reference: Reference) -> None:
+    plain = [a.ids for a in reference.answers[0]]
     changed = 0
-    for guard in (None, *guards(hf)):
-        ours, theirs = (m.generate(PROMPTS, guards=guard, sampling=GREEDY) for m in (served, hf))
+    for guard, theirs in zip(reference.guards, reference.answers, strict=True):
+        ours = served.generate(PROMPTS, guards=guard, sampling=GREEDY)
         assert [a.ids for a in ours] == [a.ids for a in theirs], guard
         assert [a.tokens_moved for a in ours] == [a.tokens_moved for a in theirs], guard
         changed += [a.ids for a in ours] != plain
