@@ -156,7 +156,7 @@ def test_what_the_user_gets_wrong(run: Run, fitted: Path, model: Path, tmp_path:
     refused(run("check", guard, "--model", other, "--allow-mismatch", "width"), "cannot waive width")
     assert run("check", guard, "--model", other, "--allow-mismatch", "weights")[0] == 0
     refused(run("ask", guard, ""), "question is empty")
-    refused(run("check", guard, "--backend", "vllm"), "there is no backend 'vllm'")
+    refused(run("check", guard, "--backend", "onnx"), "there is no backend 'onnx'")
     assert not Path("h").exists()
     assert not (Path("x") / PROBES).exists()
 

@@ -96,9 +96,9 @@ def direction(width: int, seed: int) -> np.ndarray:
     return (v / np.linalg.norm(v)).astype(np.float32)
 
 
-def probe(layer: int, width: int, *, rho: np.ndarray | None = None, seed: int = 0) -> Probe:
+def probe(layer: int, width: int, *, rho: np.ndarray | None = None, seed: int = 0, apart: float = 1.0) -> Probe:
     """A probe along a random direction, whose boundary is 0 or the median of the residuals `rho` `[tokens, width]`
-    projected on it, and whose classes stand one standard deviation to each side."""
+    projected on it, and whose classes stand `apart` standard deviations to each side."""
     v = direction(width, 1000 * seed + layer)
     on_v = rho @ v if rho is not None else np.array([-1.0, 1.0])
     m, sigma = float(np.median(on_v)), float(on_v.std()) or 1.0
@@ -106,10 +106,10 @@ def probe(layer: int, width: int, *, rho: np.ndarray | None = None, seed: int = 
         layer=layer,
         v=v,
         m=m,
-        mu_pos=m + sigma,
-        sigma_pos=sigma / 8,
-        mu_neg=m - sigma,
-        sigma_neg=sigma / 8,
+        mu_pos=m + apart * sigma,
+        sigma_pos=apart * sigma / 8,
+        mu_neg=m - apart * sigma,
+        sigma_neg=apart * sigma / 8,
         evidence=EVIDENCE,
     )
 

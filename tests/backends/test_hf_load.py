@@ -27,7 +27,7 @@ def saved(folder: Path, name: str = "llama", **settings: Any) -> Path:
 
 def test_the_registry_names_its_backends(tmp_path: Path) -> None:
     assert {"hf", "fake"} <= set(backends())
-    with pytest.raises(ModelError, match=r"no backend 'onnx'; there are hf, fake"):
+    with pytest.raises(ModelError, match=r"no backend 'onnx'; there are hf, vllm, fake"):
         load_any("x", backend="onnx")
     with pytest.raises(InputError, match="the hf backend has no option dytpe; it has dtype, device_map"):
         load_any("x", dytpe="bfloat16")

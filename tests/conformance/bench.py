@@ -39,6 +39,8 @@ class Bench:
 
     model: Backend
     folder: Path
+    apart: float = 1.0
+    "how far the classes of its probes stand apart; a trained model says the same until it is pushed hard"
 
     @property
     def oracle(self) -> Backend:
@@ -60,7 +62,7 @@ class Bench:
         return self.model.identity.depth
 
     def probe(self, layer: int, seed: int = 0) -> Probe:
-        return tiny.probe(layer, self.model.identity.width, rho=self.base[layer], seed=seed)
+        return tiny.probe(layer, self.model.identity.width, rho=self.base[layer], seed=seed, apart=self.apart)
 
     def guard(
         self,

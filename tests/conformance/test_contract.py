@@ -43,7 +43,7 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     if request.param == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed; `make test` installs its CPU build")
     model = load(folder, backend=request.param, **OPTIONS.get(request.param, {}))
-    yield Bench(model, folder)
+    yield Bench(model, folder, apart=12.0 if folder == ORGANISM else 1.0)
     if request.param == "vllm":
         model.close()
 
