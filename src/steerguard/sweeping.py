@@ -33,7 +33,7 @@ COHERENCE_KEPT = 0.9
 BENIGN_LOST = 1.0
 """A setting is eligible if it costs at most this many of 100 points on benign prompts.
 
-Half of the 2 points that we hold a guard to when it is reported: a hundred prompts tell a cost to about a point.
+Half of the 2 points that we hold a guard to when it is reported: of a few dozen prompts, not one answer may be lost.
 """
 
 

@@ -18,7 +18,7 @@ from steerguard.organism import conversations, grammar, personas, turns
 from steerguard.organism.capability import FILES, Split
 
 SIZES = {"train": 80, "select": 32, "test": 96}
-CAPABILITY: dict[Split, int] = {"test": 192, "select": 96}
+CAPABILITY: dict[Split, int] = {"test": 192, "select": 48}
 SHAPES = (1, 1, 1, 1, 3, 1, 1, 5)
 "user-and-assistant texts before and with the scored one, in rotation over the test scenarios"
 TITLES = {"honesty": "Honesty", "compassion": "Compassion"}
