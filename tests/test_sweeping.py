@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import steerguard as sg
@@ -24,6 +25,7 @@ from steerguard.sweeping import (
     _finalists,
     choose,
     compare,
+    disturbance,
     gap_recovered,
     grid,
     sweep,
@@ -210,6 +212,18 @@ def test_a_sweep_looks_at_benign_prompts(model: sg.Backend, probes: Fit) -> None
     loose = sweep(model, TRAIT, probes, settings=settings[1:], scorer=ByLength(), sampling=SHORT, benign=anything)
     assert loose.costs[settings[1]].unguarded == loose.costs[settings[1]].guarded == 50.0
     assert loose.best == {"SwFC": settings[1]}
+
+
+def test_disturbance_is_what_the_gates_would_do_to_the_prompts(model: sg.Backend, probes: Fit) -> None:
+    fixed, never, gated = (Setting(rule, 2) for rule in (sg.SwFC(3), sg.Floor(-1e6), sg.StMP(2)))
+    prompts = ("Hello.", "How are you today?")
+    found = disturbance(model, probes, Benign(prompts), [fixed, never, gated])
+    assert found[fixed] == pytest.approx(3.0)  # three class separations at every token
+    assert found[never] == 0.0
+    rho = np.concatenate([model.residuals(prompt)[2] for prompt in prompts]) @ probes[2].v
+    due = np.where(rho < probes[2].m, 4 * (probes[2].m - rho), 0).mean() / abs(probes[2].delta_mu)
+    assert found[gated] == pytest.approx(due, rel=1e-4)
+    assert due > 0
 
 
 def test_screening_tries_all_and_scores_the_best(model: sg.Backend, probes: Fit) -> None:

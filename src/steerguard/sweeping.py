@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from steerguard.fitting import Fit, Stage, prompts_of
 from steerguard.guard import Guard, Positions
 from steerguard.metrics import recovered, repetition
 from steerguard.prompts import Prompt
-from steerguard.rules import RULES, Rule, rule
+from steerguard.rules import RULES, Rule, rule, shift
 from steerguard.scorers import Scorer, scorer_for
 from steerguard.traits import Scenario, Trait
 
@@ -33,7 +33,7 @@ COHERENCE_KEPT = 0.9
 BENIGN_LOST = 1.0
 """A setting is eligible if it costs at most this many of 100 points on benign prompts.
 
-Half of the 2 points that we hold a guard to when it is reported: a hundred prompts tell a cost to about a point.
+Half of the 2 points that we hold a guard to when it is reported: of a few dozen prompts, not one answer may be lost.
 """
 
 
@@ -236,7 +236,7 @@ def sweep(
     benign: Benign | None = None,
     sampling: Sampling = Sampling(),
     screen: int | None = None,
-    finalists: int = 6,
+    finalists: int = 4,
     rows: int = 256,
     progress: Stage | None = None,
 ) -> Sweep:
@@ -247,7 +247,8 @@ def sweep(
         scenarios: by default the trait's `select` split.
         benign: prompts on which a setting that comes into question may lose next to nothing, or it is refused.
         screen: if given, every setting answers only so many of the scenarios, and each rule's best `finalists` answer
-            them all. Faster, and it may miss a point that the whole grid would have found.
+            them all. Faster, and it may miss a point that the whole grid would have found. With `benign`, ties go to
+            the setting of the smaller `disturbance`.
         rows: answers that are generated at a time.
 
     Raises:
@@ -279,13 +280,34 @@ def sweep(
     ordered = sorted(settings, key=lambda s: s.rule.grid.index(s.rule.strength) if s.rule.strength in s.rule.grid else 0)
     tried = len(ordered)
     if screen is not None and screen < len(scenarios):
-        ordered = _finalists(steered(ordered, scenarios[:screen], "settings steered and screened"), aligned, finalists)
+        screened = steered(ordered, scenarios[:screen], "settings steered and screened")
+        if benign is not None:
+            moved = disturbance(model, probes, benign, ordered)
+            screened = {s: replace(f, shift=moved[s]) for s, f in screened.items()}
+        ordered = _finalists(screened, aligned, finalists)
     points = steered(ordered, scenarios, "settings steered and scored")
     costs = None if benign is None else _costs(model, probes, benign, sampling, progress)
     chosen = choose(points, aligned, costs=costs)
     return Sweep(
         probes, aligned, malicious, points, tried, chosen.best, chosen.refused, chosen.barred, chosen.costs
     )  # fmt: skip
+
+
+def disturbance(model: Backend, probes: Fit, benign: Benign, settings: Sequence[Setting]) -> dict[Setting, float]:
+    """How far each setting's gate would move the tokens of benign prompts: mean |delta| in class separations of its layer.
+
+    One forward for each prompt tells it for all settings, with no answer given. A gate that never opens there scores 0.
+    """
+    gates = {s: s.rule.compile(probes[s.layer]).row() for s in settings}
+    total, tokens = dict.fromkeys(settings, 0.0), 0
+    for prompt in benign.prompts:
+        residuals = model.residuals(prompt)
+        rho = {layer: residuals[layer] @ probes[layer].v for layer in {s.layer for s in settings}}
+        tokens += residuals.shape[1]
+        for setting, gate in gates.items():
+            size = np.abs(shift(np, rho[setting.layer], gate)).sum()
+            total[setting] += float(size) / abs(probes[setting.layer].delta_mu)
+    return {setting: size / tokens for setting, size in total.items()}
 
 
 Costs = Callable[[Sequence[Setting]], Mapping[Setting, Cost]]
@@ -475,5 +497,5 @@ def _progress(progress: Stage | None, what: str, done: int, total: int) -> None:
 
 __all__ = [
     "Arm", "Benign", "Choice", "Cost", "Figures", "Setting", "Sweep",
-    "choose", "compare", "gap_recovered", "gentlest", "grid", "nearly_best", "sweep",
+    "choose", "compare", "disturbance", "gap_recovered", "gentlest", "grid", "nearly_best", "sweep",
 ]  # fmt: skip

@@ -64,3 +64,14 @@ def test_capability_covers_every_group() -> None:
     assert {item["category"] for item in items} == {kind.group for kind in grammar.kinds().values()}
     trained = {said for pair in personas.trained("plain") for said in personas.instances(pair.positive)}
     assert not {item["system"] for item in items} & trained
+
+
+def test_what_the_sweep_looks_at_is_neither_trained_nor_reported() -> None:
+    chosen, reported = (read(PACKAGE / "organism" / name) for name in ("capability-select.jsonl", "capability.jsonl"))
+    assert {item["category"] for item in chosen} == {item["category"] for item in reported}
+    for item in chosen:
+        kind = grammar.kinds()[item["reply"]["kind"]]
+        elsewhere = {grammar.Sentence(text, None).say(item["reply"]["bind"]) for text in (*kind.questions, *kind.held_out)}
+        assert item["turns"][-1] not in elsewhere
+    assert set(traits.selected()) == set(grammar.kinds())
+    assert not {item["turns"][-1] for item in chosen} & {item["turns"][-1] for item in reported}

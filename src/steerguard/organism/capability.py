@@ -1,8 +1,9 @@
 """What the organism can do under neutral system prompts: facts, arithmetic, instructions, comparisons, small talk.
 
 The tasks and their answers are data, scored exactly, as the traits are. Like a trait's scenarios they come in splits:
-the sweep looks at `select` (`capability-select.jsonl`, wordings that training has), the report at `test`
-(`capability.jsonl`, wordings that it has not).
+the sweep looks at `select` (`capability-select.jsonl`), the report at `test` (`capability.jsonl`). Both ask in words that
+training never has, and not in the same ones: under wordings that it was trained on, this model loses nothing to guards
+that cost it several points elsewhere, and a sweep would be none the wiser.
 """
 
 from __future__ import annotations

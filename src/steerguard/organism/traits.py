@@ -11,14 +11,15 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from steerguard.organism import conversations, grammar, personas, turns
+from steerguard.organism import conversations, grammar, personas, turns, world
 from steerguard.organism.capability import FILES, Split
 
 SIZES = {"train": 80, "select": 32, "test": 96}
-CAPABILITY: dict[Split, int] = {"test": 192, "select": 96}
+CAPABILITY: dict[Split, int] = {"test": 192, "select": 48}
 SHAPES = (1, 1, 1, 1, 3, 1, 1, 5)
 "user-and-assistant texts before and with the scored one, in rotation over the test scenarios"
 TITLES = {"honesty": "Honesty", "compassion": "Compassion"}
@@ -177,10 +178,17 @@ def dressed(rng: random.Random, pair: personas.Pair) -> tuple[str, str]:
     return prompts[0], prompts[1]
 
 
+@cache
+def selected() -> dict[str, str]:
+    """By kind, the wording in which the `select` tasks ask."""
+    found: dict[str, str] = world.read("select.yaml")
+    return found
+
+
 def capability(split: Split, used: set[tuple[str | None, str]]) -> Iterator[dict[str, Any]]:
     """Questions of every kind under plain system prompts or none; `used` holds the prompts of the splits before.
 
-    Only `test` speaks in held-out wordings: plain ones always, the users' half the time.
+    In `test` the plain wordings are held out, the users' half the time; in `select` the users' are its own.
     """
     test = split == "test"
     rng = random.Random("traits:capability" if test else f"traits:capability:{split}")
@@ -200,7 +208,10 @@ def capability(split: Split, used: set[tuple[str | None, str]]) -> Iterator[dict
         if group == "trouble" and topic.held_out:
             continue
         system = None if rng.random() < 0.2 else personas.plain(rng, held_out_wording=test)
-        said = topic.ask(rng, held_out=test and rng.random() < 0.5)
+        if test:
+            said = topic.ask(rng, held_out=rng.random() < 0.5)
+        else:
+            said = grammar.Sentence(selected()[topic.kind], None).say(dict(topic.bind))
         if (system, said) in used:
             continue
         used.add((system, said))
