@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 
 .PHONY: demo test fast lint types bench organism clean
 
-demo: $(VENV)/.installed  ## fit, search and test guards on the bundled model; about three minutes on two cores
+demo: $(VENV)/.installed  ## fit, search and test guards on the bundled model; a few minutes on two cores
 	$(BIN)/steerguard demo
 
 test: $(VENV)/.installed-vllm  ## everything: style, types, all tests, the real vLLM engine on the CPU among them

@@ -61,7 +61,7 @@ def demo(
     picture: Annotated[Path | None, typer.Option(help="also draw an example of each trait to this SVG file")] = None,
     traits: Annotated[list[str], typer.Option("--trait", help="honesty, compassion; both by default")] = [],  # noqa: B006
 ) -> None:
-    """Fit, search and test guards on the bundled model: the whole line in about three minutes on a laptop."""
+    """Fit, search and test guards on the bundled model: the whole line in a few minutes on a laptop."""
     from steerguard.organism import demo as organism_demo
     from steerguard.report import terminal
 
