@@ -35,6 +35,7 @@ def guard(model: Any, name: str, rule: Rule, layers: Sequence[int], *, seed: int
         v = np.random.default_rng(100 * seed + layer).normal(size=model.identity.width).astype(np.float32)
         v /= np.linalg.norm(v)
         rho = residuals[layer] @ v
+        rho = rho[: len(rho) // 2 * 2]  # an even number: no token of a test stands at the boundary itself
         m, s = float(np.median(rho)), float(rho.std())
         probes.append(Probe(layer, v, m, m + s, s / 4, m - s, s / 4, EVIDENCE))
     return Guard(name=name, probes=tuple(probes), rule=rule, model=model.identity, positions=positions)
