@@ -32,7 +32,9 @@ def every_rule_gives_the_oracles_text_and_moves_its_tokens(bench: Bench) -> None
             for a, b in zip(mine, bench.greedy(PROMPTS, [guard] * 3, model=bench.oracle), strict=True):
                 agree(a, b, f"{rule} {positions}")
             changed += [a.ids for a in mine] != [a.ids for a in plain]
-    assert changed >= len(every_rule()) // 2, "guards that change no text test nothing"
+    # half of all on random weights; a trained model is moved only by the rules that push it as far as its probes say
+    enough = len(every_rule()) if bench.apart == 1.0 else len(every_rule()) // 2
+    assert changed > enough, "guards that change no text test nothing"
 
 
 @contract

@@ -1,6 +1,6 @@
 """The whole line on the bundled model: fit, sweep and test a guard of each rule for each of its traits.
 
-It knows which traits the organism has, how many scenarios and answers fit into three minutes, and which
+It knows which traits the organism has, how many scenarios and answers fit into a few minutes, and which
 conversations to show. It measures and chooses with the same functions as everybody else.
 """
 
