@@ -221,7 +221,9 @@ def test_disturbance_is_what_the_gates_would_do_to_the_prompts(model: sg.Backend
     assert found[fixed] == pytest.approx(3.0)  # three class separations at every token
     assert found[never] == 0.0
     rho = np.concatenate([model.residuals(prompt)[2] for prompt in prompts]) @ probes[2].v
-    due = np.where(rho < probes[2].m, 4 * (probes[2].m - rho), 0).mean() / abs(probes[2].delta_mu)
+    probe = probes[2]
+    mirrored = np.minimum(rho + 4 * (probe.m - rho), probe.mu_pos + 40 * probe.sigma_pos)  # the paper's cap
+    due = np.where(rho < probe.m, mirrored - rho, 0).mean() / abs(probe.delta_mu)
     assert found[gated] == pytest.approx(due, rel=1e-4)
     assert due > 0
 
