@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import tiny
 from steerguard.backends import load
 from steerguard.errors import InputError, RuleError
 from steerguard.fitting import Contrast, Fit, fit
-from steerguard.scorers import UNSCORED, Asked, Score
+from steerguard.scorers import UNSCORED, Score
 from steerguard.sweeping import (
     BENIGN_LOST,
     Benign,
@@ -30,6 +31,7 @@ from steerguard.sweeping import (
     grid,
     sweep,
 )
+from steerguard.traits import Scenario
 from test_fitting import SHORT, TRAIT
 
 ALIGNED = Figures(trait=95.0, coherence=100.0, repetition=0.0, moved=0.0, shift=0.0, n=10, unscored=0)
@@ -138,8 +140,13 @@ def test_share_of_the_gap() -> None:
 class ByLength:
     """A scorer that likes long answers, so that there is something to sweep; every tenth scenario is beyond it."""
 
-    def score(self, asked: Asked, answer: str) -> Score:
-        return UNSCORED if getattr(asked, "id", "") == "select-1" else Score(min(100.0, 5.0 * len(answer)), 100.0)
+    identity = MappingProxyType({"scorer": "by length"})
+
+    def scores(self, asked: Sequence[Scenario], answers: Sequence[str]) -> list[Score]:
+        return [
+            UNSCORED if one.id == "select-1" else Score(min(100.0, 5.0 * len(answer)), 100.0)
+            for one, answer in zip(asked, answers, strict=True)
+        ]
 
 
 @pytest.fixture(scope="module")

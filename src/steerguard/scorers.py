@@ -8,14 +8,17 @@ It knows traits and texts, and neither models nor guards.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
+from steerguard import files
 from steerguard.errors import InputError
 from steerguard.metrics import Interval, bootstrap_interval
-from steerguard.traits import Trait
+from steerguard.traits import Scenario, Trait
 from steerguard.traits.grammar import SLOT, Grammar, Template, sentences
 
 
@@ -27,6 +30,8 @@ class Score:
     "0 the negative pole, 100 the positive; None: unscored"
     coherence: float | None
     "0 nonsense, 100 makes sense throughout, whatever it says; None: unscored"
+    note: str = ""
+    "what a judge said for its reason, or why there is no score; shown beside the answer"
 
 
 UNSCORED = Score(None, None)
@@ -59,17 +64,22 @@ class Scores:
 
 
 class Asked(Protocol):
-    """What a scorer must know of what was asked: a `Scenario`, or anything else with a reply."""
+    """What the exact scorer must know of what was asked: a `Scenario`, or anything else with a reply."""
 
     @property
     def reply(self) -> Mapping[str, Any] | None: ...
 
 
 class Scorer(Protocol):
-    """Anything that can score an answer."""
+    """Anything that can score answers: the exact scorer, judges, or an object of yours."""
 
-    def score(self, asked: Asked, answer: str) -> Score:
-        """The score of one answer; None in it where it cannot be judged."""
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What scores are made by, as JSON values: two scorers of one identity give an answer the same score."""
+        ...
+
+    def scores(self, asked: Sequence[Scenario], answers: Sequence[str]) -> list[Score]:
+        """The score of each answer; None in it where it cannot be judged."""
         ...
 
 
@@ -95,6 +105,16 @@ class ExactScorer:
     def __init__(self, grammar: Grammar | Mapping[str, Any]) -> None:
         self.grammar = grammar if isinstance(grammar, Grammar) else Grammar.of(grammar)
         self._compiled: dict[tuple[str, frozenset[tuple[str, str]]], list[tuple[Template, re.Pattern[str]]]] = {}
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The grammar decides every score."""
+        content = files.canonical_json(asdict(self.grammar))
+        return {"scorer": "exact", "grammar": hashlib.sha256(content.encode()).hexdigest()}
+
+    def scores(self, asked: Sequence[Asked], answers: Sequence[str]) -> list[Score]:
+        """The score of each answer; see `score`."""
+        return [self.score(one, answer) for one, answer in zip(asked, answers, strict=True)]
 
     def score(self, asked: Asked, answer: str) -> Score:
         """The score of one answer. Raises TraitError for a reply that the grammar cannot score."""

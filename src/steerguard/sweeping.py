@@ -58,7 +58,7 @@ class Figures:
 
     @classmethod
     def of(cls, scorer: Scorer, scenarios: Sequence[Scenario], answers: Sequence[Answer]) -> Figures:
-        scores = [scorer.score(s, a.text) for s, a in zip(scenarios, answers, strict=True)]
+        scores = scorer.scores(scenarios, [a.text for a in answers])
         seen = sum(a.tokens_seen for a in answers)
         return cls(
             trait=_mean([s.trait for s in scores]),
