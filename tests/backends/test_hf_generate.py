@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hf_cases import BY_NAME, PROMPTS, STEPS, guard_of, ids_of, tiny_model
+from transformers.cache_utils import DynamicCache
 
 from architectures import build, tokenizer
 from steerguard.backends.base import GREEDY, Sampling
@@ -313,3 +314,47 @@ def test_greedy_is_the_argmax(model: TransformersModel) -> None:
     assert GREEDY.temperature == 0
     answer = model.generate(PROMPTS[0], sampling=STEPS)[0]
     assert answer.ids[0] == int(model.logits(PROMPTS[0])[-1].argmax())
+
+
+# ------------------------------------------------------------------------------------------------ rows that have ended
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # keys of all positions, and of a sliding window
+@pytest.mark.parametrize("sampling", [SAMPLED, replace(SAMPLED, stop=("e", "a")), replace(SAMPLED, top_p=1.0, temperature=2.0)])
+def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
+    name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(name)
+    guards = [None, guard_of(model, [0]), guard_of(model, [1], SwFC(3), "response")]
+    prompts = [f"{i} of many{'.' * (i % 5)}" for i in range(24)]
+    own: list[Any] = [guards[i % 3] for i in range(24)]
+    engine = replace(model._engine, ends=tuple(range(0, model.module.config.get_text_config().vocab_size, 12)))
+    sizes: list[int] = []
+    select = DynamicCache.batch_select_indices
+
+    def counted(cache: DynamicCache, left: torch.Tensor) -> None:
+        sizes.append(len(left))
+        select(cache, left)
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
+    emitted: list[dict[int, str]] = []
+    found = []
+    for shrinks in (True, False):
+        monkeypatch.setattr(model, "_engine", replace(engine, shrinks=shrinks))
+        texts = dict.fromkeys(range(24), "")
+        found.append(model.generate(
+            prompts, guards=own, sampling=sampling, on_token=lambda i, text: texts.__setitem__(i, texts[i] + text)
+        ))  # fmt: skip
+        emitted.append(texts)
+    assert engine.shrinks
+    assert 24 > sizes[0] >= sizes[-1] > 0  # rows did leave
+    for shrunk, whole in zip(*found, strict=True):
+        assert (shrunk.ids, shrunk.text, shrunk.finished) == (whole.ids, whole.text, whole.finished)
+        assert (shrunk.tokens_seen, shrunk.tokens_moved) == (whole.tokens_seen, whole.tokens_moved)
+        assert shrunk.shift == pytest.approx(whole.shift, rel=1e-4)
+    assert emitted[0] == emitted[1] == {i: answer.text for i, answer in enumerate(found[0])}
+
+
+@pytest.mark.parametrize(("name", "shrinks"), [("llama", True), ("gemma3", True), ("bamba", False), ("qwen3-next", False)])
+def test_only_plain_keys_and_values_can_lose_rows(name: str, shrinks: bool) -> None:
+    assert tiny_model(name)._engine.shrinks is shrinks

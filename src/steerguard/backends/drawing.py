@@ -20,6 +20,8 @@ from steerguard.backends.base import Sampling
 
 Emit = Callable[[int, str], None]
 MASK = 0xFFFFFFFF
+PAUSE_EVERY = 4
+"""Steps between two looks at how many rows have ended: a look waits for the device."""
 FEW = 64
 """Likeliest tokens that are looked at first: a nucleus rarely has more, and then the others need no order and no noise."""
 
@@ -174,23 +176,27 @@ class Ends:
     """A stopping criterion that ends each row by itself: end-of-turn token, stop text, or its own limit of tokens.
 
     Only with stop texts or streaming are tokens brought to the host; otherwise all of this stays on the device.
+
+    Args:
+        limits: at most so many new tokens of each row.
+        begin: the column of the first new token.
+        pause: at least so many rows must be left for a batch to be worth a pause; None: never pause. A paused batch
+            ends although rows go on, once half of its rows have ended: `keep` those that go on, and generate again.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        sampling: Sampling,
-        ends: Sequence[int],
-        limits: Sequence[int],
-        begin: int,
-        emit: Emit | None,
-    ) -> None:
+        self, tokenizer: Any, sampling: Sampling, ends: Sequence[int], limits: Sequence[int], begin: int,
+        emit: Emit | None, *, pause: int | None = None,
+    ) -> None:  # fmt: skip
         self._ends, self._limits, self._begin = list(ends), list(limits), begin
-        self._emit = emit
+        self._emit, self._pause = emit, pause
         self._texts = [Text(tokenizer, sampling.stop) for _ in limits] if sampling.stop or emit else []
         self._lengths: list[int | None] = [None] * len(limits)
+        self._rows = list(range(len(limits)))
+        "the rows that `input_ids` holds"
         self._done: Tensor | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
+        self.paused = False
         self.on_step: Callable[[Tensor], None] | None = None
         "called with `[rows]` true where a row goes on, after every step"
 
@@ -198,19 +204,34 @@ class Ends:
         """`[rows]` true where a row is done."""
         device, count = input_ids.device, input_ids.shape[1] - self._begin
         if self._tables is None:
-            self._tables = torch.tensor(self._ends, device=device), torch.tensor(self._limits, device=device)
-        ends, limits = self._tables
-        done = torch.isin(input_ids[:, -1], ends) | (limits <= count)
+            limits = [self._limits[row] for row in self._rows]
+            self._tables = torch.tensor(self._ends, device=device), torch.tensor(limits, device=device)
+        ends, limits_ = self._tables
+        done = torch.isin(input_ids[:, -1], ends) | (limits_ <= count)
         if self._texts:
             done = done | torch.tensor(self._read(input_ids[:, -1].tolist(), count), device=device)
         self._done = done if self._done is None else self._done | done
         if self.on_step is not None:
             self.on_step(~self._done)
+        if self._pause is not None and len(self._rows) >= self._pause and count % PAUSE_EVERY == 0:
+            ended = int(self._done.sum())
+            self.paused = len(self._rows) > ended >= len(self._rows) / 2
+            return torch.ones_like(self._done) if self.paused else self._done
         return self._done
+
+    def keep(self) -> list[int]:
+        """After a pause: go on with the rows that have not ended; returns where they stood in the batch."""
+        assert self._done is not None
+        left = (~self._done).nonzero()[:, 0].tolist()
+        self._rows = [self._rows[at] for at in left]
+        self._done = self._tables = None
+        self.paused = False
+        return left
 
     def _read(self, tokens: Sequence[int], count: int) -> list[bool]:
         """Read one new token of each row on the host: which rows met a stop text; emit what is new."""
-        for row, (token, text) in enumerate(zip(tokens, self._texts, strict=True)):
+        for row, token in zip(self._rows, tokens, strict=True):
+            text = self._texts[row]
             if self._lengths[row] is not None:
                 continue
             ended = token in self._ends
@@ -218,7 +239,7 @@ class Ends:
                 self._lengths[row] = count
             if self._emit is not None and (new := text.take()):
                 self._emit(row, new)
-        return [length is not None for length in self._lengths]
+        return [self._lengths[row] is not None for row in self._rows]
 
     def answer(self, row: int, generated: Sequence[int]) -> tuple[list[int], bool]:
         """The ids of a row's answer out of all that was generated for it, and whether its last token ended the turn."""

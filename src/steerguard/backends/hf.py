@@ -24,7 +24,7 @@ import torch
 from steerguard.backends.base import Answer, Floats, Guards, Sampling, checked, chosen_layers, numbers_of, one_by_one
 from steerguard.backends.drawing import pieces, row_keys
 from steerguard.backends.fingerprint import fingerprint_memory, model_identity
-from steerguard.backends.hf_generate import Engine, Row, batches, bounded_positions, generate_batch
+from steerguard.backends.hf_generate import Engine, Row, batches, bounded_positions, can_shrink, generate_batch
 from steerguard.backends.hf_hooks import Steering, plan, without_compiled_calls
 from steerguard.backends.hf_load import checkpoint_fingerprint, end_tokens, load_pretrained, memory_errors, pad_token
 from steerguard.backends.hf_proof import prove
@@ -131,14 +131,9 @@ class TransformersModel:
         self.batch_tokens = batch_tokens
         ends = end_tokens(module, tokenizer)
         self._engine = Engine(
-            module,
-            tokenizer,
-            self.blocks,
-            ends,
-            pad_token(tokenizer, ends),
-            cache == "static",
-            bounded_positions(module),
-        )
+            module, tokenizer, self.blocks, ends, pad_token(tokenizer, ends), static_cache=cache == "static",
+            bounded=bounded_positions(module), shrinks=cache == "dynamic" and can_shrink(module),
+        )  # fmt: skip
         self._entries: tuple[_Entry, ...] = ()
         self._standing = ExitStack()
         self._proved: set[tuple[str, ...]] = set()

@@ -178,9 +178,12 @@ class Steering:
         layout: where the rows' tokens stand, for a call whose batch is known; None for whatever calls come. Without a
             layout, stages must be the same for all rows and act on all positions.
         trace: keep every token's rho and delta.
+        columns: what went through the model before, where a call goes on with a cache.
     """
 
-    def __init__(self, blocks: Blocks, stages: Sequence[Stage], layout: Layout | None, *, trace: bool = False) -> None:
+    def __init__(
+        self, blocks: Blocks, stages: Sequence[Stage], layout: Layout | None, *, trace: bool = False, columns: int = 0
+    ) -> None:
         self._blocks, self._layout = blocks, layout
         self._acting: dict[int, list[_Acting]] = {}
         for stage in stages:
@@ -201,7 +204,7 @@ class Steering:
         self._pads: Tensor | None = None
         self.alive: Tensor | None = None
         "[rows] 1 for rows that are still answering; None while all are"
-        self.columns = 0
+        self.columns = columns
         "columns that went through the model"
         self.forwards = 0
 
