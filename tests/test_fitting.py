@@ -14,7 +14,7 @@ import pytest
 import steerguard as sg
 import tiny
 from steerguard.backends import load
-from steerguard.errors import ContrastError, FitFileError, OutputExists, WeakProbe
+from steerguard.errors import ContrastError, FitFileError, InputError, OutputExists, WeakProbe
 from steerguard.fitting import CONTRAST, PROBES, Contrast, Fit, Pair, collect, embed, fit, prompts_of
 from steerguard.traits import PoleText, Scenario, Trait
 
@@ -76,7 +76,7 @@ def test_an_interrupted_collection_goes_on_where_it_was(model: sg.Backend, contr
         with pytest.raises(KeyboardInterrupt):
             collect(broken, TRAIT, sampling=SHORT, store=store, batch=3)
         with store.open("a", encoding="utf-8") as file:
-            file.write('{"id": "train-9", "posi')  # the line that was being written
+            file.write('{"check":"0123456789abcdef","record":{"id": "train-9", "posi')  # the line that was being written
     whole: Any = Interrupting(model, 10)
     assert collect(whole, TRAIT, sampling=SHORT, store=store, batch=3).digest == contrast.digest
     assert whole.asked == 2  # nine of ten scenarios were there
@@ -91,7 +91,7 @@ def test_answers_of_something_else_are_never_taken(model: sg.Backend, tmp_path: 
         with pytest.raises(OutputExists, match="another trait, model or sampling"):
             collect(model, trait, sampling=sampling, store=store)
     store.write_text("what is this\n", encoding="utf-8")
-    with pytest.raises(OutputExists):
+    with pytest.raises(InputError, match="journal"):
         collect(model, TRAIT, sampling=SHORT, store=store)
 
 

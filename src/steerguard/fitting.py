@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,7 @@ from steerguard.errors import ContrastError, FitFileError, InputError, OutputExi
 from steerguard.files import Malformed, canonical_json
 from steerguard.guard import Guard, Positions
 from steerguard.identity import ModelIdentity, read_identity
+from steerguard.journal import Journal
 from steerguard.probe import Direction, Probes, fit_probes
 from steerguard.prompts import Message, conversation
 from steerguard.rules import Rule
@@ -169,51 +171,39 @@ def collect(
     Raises:
         OutputExists: `store` was written for another trait, model or sampling.
     """
-    answers = _Store(store, key={"trait": trait.digest, "weights": dict(model.identity.weights), "sampling": asdict(sampling)})
-    todo = [scenario for scenario in trait.train if scenario.id not in answers.kept]
-    for start in range(0, len(todo), batch):
-        _report(progress, "answers under both poles", len(trait.train) - len(todo) + start, len(trait.train))
-        part = todo[start : start + batch]
-        prompts = [prompt for scenario in part for prompt in prompts_of(scenario)]
-        texts = [answer.text for answer in model.generate(prompts, sampling=sampling)]
-        answers.add({s.id: (texts[2 * i], texts[2 * i + 1]) for i, s in enumerate(part)})
-    _report(progress, "answers under both poles", len(trait.train), len(trait.train))
-    return Contrast(tuple(Pair(s, *answers.kept[s.id]) for s in trait.train))
+    key = {"trait": trait.digest, "weights": dict(model.identity.weights), "sampling": asdict(sampling)}
+    with closing(_Store(store, key)) as answers:
+        todo = [scenario for scenario in trait.train if scenario.id not in answers.kept]
+        for start in range(0, len(todo), batch):
+            _report(progress, "answers under both poles", len(trait.train) - len(todo) + start, len(trait.train))
+            part = todo[start : start + batch]
+            prompts = [prompt for scenario in part for prompt in prompts_of(scenario)]
+            texts = [answer.text for answer in model.generate(prompts, sampling=sampling)]
+            answers.add({s.id: (texts[2 * i], texts[2 * i + 1]) for i, s in enumerate(part)})
+        _report(progress, "answers under both poles", len(trait.train), len(trait.train))
+        return Contrast(tuple(Pair(s, *answers.kept[s.id]) for s in trait.train))
 
 
 class _Store:
-    """Answers by scenario, in an append-only file whose first line says what they are answers to."""
+    """Answers by scenario, in a journal whose first record says what they are answers to."""
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
-        self.path, self.kept = path, dict[str, tuple[str, str]]()
-        if path is None:
-            return
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"contrast": key}) + "\n", encoding="utf-8")
-            return
-        head, *lines = path.read_text(encoding="utf-8").split("\n")
-        if _parse(head) != {"contrast": json.loads(json.dumps(key))}:
+        self._journal = Journal(path)
+        if not self._journal.records:
+            self._journal.add({"contrast": key})
+        head, *rows = self._journal.records
+        if head != {"contrast": json.loads(canonical_json(key))}:
+            self._journal.close()
             raise OutputExists(f"{path} holds answers of another trait, model or sampling; choose another folder or remove it")
-        whole = [line for line in lines if _parse(line) is not None]
-        self.kept = {row["id"]: (row["positive"], row["negative"]) for row in map(json.loads, whole)}
-        # a line that was cut off in the middle is dropped, so that the next one starts on a line of its own
-        path.write_text("".join(line + "\n" for line in [head, *whole]), encoding="utf-8")
+        self.kept = {row["id"]: (row["positive"], row["negative"]) for row in rows}
 
     def add(self, answers: Mapping[str, tuple[str, str]]) -> None:
+        for key, (positive, negative) in answers.items():
+            self._journal.add({"id": key, "positive": positive, "negative": negative})
         self.kept.update(answers)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                for key, (positive, negative) in answers.items():
-                    row = {"id": key, "positive": positive, "negative": negative}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+    def close(self) -> None:
+        self._journal.close()
 
 
 # ------------------------------------------------------------------------------------------------ 2. embed
