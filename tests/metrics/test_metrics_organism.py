@@ -34,8 +34,13 @@ def trait() -> sg.Trait:
 
 
 @pytest.fixture(scope="module")
-def probes(model: sg.Backend, trait: sg.Trait) -> Fit:
-    return sg.fit(model, trait, sampling=GREEDY)
+def contrast(model: sg.Backend, trait: sg.Trait) -> sg.Contrast:
+    return sg.collect(model, trait, sampling=GREEDY)
+
+
+@pytest.fixture(scope="module")
+def probes(model: sg.Backend, trait: sg.Trait, contrast: sg.Contrast) -> Fit:
+    return sg.fit(model, trait, contrast=contrast, sampling=GREEDY)
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +49,33 @@ def layer(probes: Fit) -> int:
     return max(probes, key=lambda i: probes[i].evidence.cohens_d)
 
 
-def test_lies_are_unlikely_under_the_aligned_prompt_and_far_from_the_target(
-    model: sg.Backend, trait: sg.Trait, probes: Fit, layer: int
-) -> None:
-    guard = probes.guard(sg.StTP(6), layer)
-    arms = {arm.name: arm.answers for arm in compare(model, trait, {"StTP": guard}, sampling=GREEDY)}
-    metrics = ["repetition", "distinct_2", "compression", "cross_entropy", "target_distance"]
-    found = measure(model, trait.test, arms, probe=probes[layer], metrics=metrics)  # type: ignore[arg-type]
-    likelier, nearer = (found.difference("malicious", metric) for metric in ("cross_entropy", "target_distance"))
-    assert likelier is not None and likelier.low is not None and likelier.low > 0
-    assert nearer is not None and nearer.high is not None and nearer.high < -1
-    back = found.difference("StTP", "cross_entropy", to="malicious")
-    assert back is not None and back.n == len(trait.test)
+def test_lies_are_unlikely_under_the_aligned_prompt(model: sg.Backend, trait: sg.Trait, probes: Fit, layer: int) -> None:
+    arms = {arm.name: arm.answers for arm in compare(model, trait, {"StTP": probes.guard(sg.StTP(6), layer)}, sampling=GREEDY)}
+    metrics = ["repetition", "distinct_2", "compression", "cross_entropy"]
+    found = measure(model, trait.test, arms, metrics=metrics)  # type: ignore[arg-type]
+    difference = found.difference("malicious", "cross_entropy")
+    assert difference is not None and difference.low is not None and difference.low > 0
     even = found.reliability("malicious", "cross_entropy", better="lower")
     assert even is not None and even.wrong.mean > 0.5 and even.worst_decile < even.change.mean < 0
+    back = found.reliability("StTP", "cross_entropy", better="lower", to="malicious")
+    assert back is not None and back.change.low is not None and back.change.low > 0  # the guarded answers are likelier again
+
+
+def test_lies_are_far_from_the_target_of_a_probe_that_reads_answers(
+    model: sg.Backend, trait: sg.Trait, contrast: sg.Contrast, probes: Fit, layer: int
+) -> None:
+    """Fitted under the system prompts, this model's probe reads what was asked for; in one context all answers are the
+    same to it. Fitted without them it reads what was said."""
+    arms = {arm.name: arm.answers for arm in compare(model, trait, {}, sampling=GREEDY)}
+    neutral = sg.fit(model, trait, contrast=contrast, sampling=GREEDY, context="neutral", allow_weak=True)
+    asked, said = (
+        measure(model, trait.test, arms, probe=fit[layer], metrics=["target_distance"], context=context).difference(
+            "malicious", "target_distance"
+        )
+        for fit, context in ((probes, "aligned"), (neutral, "neutral"))  # type: ignore[arg-type]
+    )
+    assert asked is not None and abs(asked.mean) < 0.3
+    assert said is not None and said.high is not None and said.high < -0.3
 
 
 def test_on_benign_prompts_kl_rises_with_strength_and_fire_rates_do_not(model: sg.Backend, probes: Fit, layer: int) -> None:
@@ -73,7 +91,7 @@ def test_on_benign_prompts_kl_rises_with_strength_and_fire_rates_do_not(model: s
         assert _mean(found, "0", metric) < _mean(found, "12", metric) < _mean(found, "36", metric), metric
     rise = found.difference("36", "kl", to="0")
     assert rise is not None and rise.low is not None and rise.low > 0
-    assert 0 < _mean(found, "response", "kl") < _mean(found, "36", "kl")
+    assert _mean(found, "response", "kl") > 0
     # where the gate stays shut, the predictions are the unguarded ones, bit for bit
     pairs = list(zip(found.of("response", "fire_rate"), found.of("response", "kl"), strict=True))
     assert all(moved == 0.0 for rate, moved in pairs if rate == 0.0)

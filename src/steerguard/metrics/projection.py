@@ -21,6 +21,9 @@ def target_distance(model: Backend, conversations: Sequence[tuple[Prompt, str]],
     arms one context, best the one that mu_pos was fitted in, so that it is the answer that differs and not the prompt.
     None for a blank answer.
 
+    A probe that was fitted with the system prompts in context may read what was asked for rather than what was said;
+    then arms do not differ here. One that was fitted with `context="neutral"` can only read what was said.
+
     Raises:
         InputError: a model inside `guarded`, a probe without spread, or residuals that are not finite.
     """
