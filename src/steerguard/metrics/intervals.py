@@ -1,15 +1,15 @@
-"""Metrics: repetition, intervals, and the share of a gap that was recovered. Numbers and texts in, numbers out.
+"""Intervals: how well a mean is known, what changed between two arms, and the share of a gap that was recovered.
 
-numpy only. Intervals are percentile bootstraps with a seed, so that a report is the same twice. None among the values
-means unscored: it is counted and left out, never taken for zero.
+Numbers in, numbers out, numpy only. Intervals are percentile bootstraps with a seed, so that a report is the same
+twice. None among the values means unscored: it is counted and left out, never taken for zero.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,7 @@ LEVEL = 0.95
 NIL_GAP = 1e-9
 """A gap between malicious and aligned that is not larger than this is no gap."""
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-
-
-# ---------------------------------------------------------------------------------------------------- repetition
-
-
-def words(text: str) -> list[str]:
-    """A text's words for counting repetition: NFKC, case folded, punctuation and underscores dropped, apostrophes kept.
-
-    Scripts that put no space between words come out as one word to a run.
-    """
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def repetition(text: str, n: int = 4) -> float:
-    """Share of a text's n-grams of words that occurred in it before, 0 to 1. A text of fewer than n words repeats none.
-
-    Source: arXiv 2604.08169, repetition within a turn (n = 4).
-    """
-    if n < 1:
-        raise InputError(f"n-grams have at least one word, got n = {n}")
-    said = words(text)
-    grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+Better = Literal["higher", "lower"]
 
 
 # ----------------------------------------------------------------------------------------------------- intervals
@@ -129,6 +106,54 @@ def paired_difference(
         )
     pairs = zip(after, before, strict=True)
     return bootstrap_interval([None if a is None or b is None else a - b for a, b in pairs], groups=groups, seed=seed)
+
+
+# --------------------------------------------------------------------------------------------------- reliability
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How evenly something changed: a mean may hide inputs on which it changed for the worse."""
+
+    change: Interval
+    "after - before, each group counted once; better is positive, whatever the metric"
+    wrong: Interval
+    "share of the groups that changed for the worse, 0 to 1; no change is not worse"
+    worst_decile: float
+    "mean change of the tenth of the groups that changed worst, at least one group"
+
+
+def reliability(
+    after: Sequence[float | None],
+    before: Sequence[float | None],
+    *,
+    better: Better,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 42,
+) -> Reliability | None:
+    """How evenly a metric changed over the groups; None where no pair was scored.
+
+    Args:
+        better: whether a higher or a lower value is the better one.
+        groups: each pair's scenario, of which the mean change counts once; every pair by itself if None.
+    """
+    if better not in get_args(Better):
+        raise InputError(f"better must be {' or '.join(get_args(Better))}, got {better!r}")
+    if len(after) != len(before) or (groups is not None and len(groups) != len(after)):
+        counts = f"{len(after)}, {len(before)}" + ("" if groups is None else f" and {len(groups)} groups")
+        raise InputError(f"every pair needs a value after, one before and a group, got {counts}")
+    sign = 1 if better == "higher" else -1
+    by_group: dict[Hashable, list[float]] = {}
+    for label, a, b in zip(range(len(after)) if groups is None else groups, after, before, strict=True):
+        own = by_group.setdefault(label, [])
+        own += [] if a is None or b is None else [sign * (a - b)]
+    changes = [float(np.mean(own)) if own else None for own in by_group.values()]
+    change = bootstrap_interval(changes, seed=seed)
+    wrong = bootstrap_interval([None if c is None else float(c < 0) for c in changes], seed=seed)
+    if change is None or wrong is None:
+        return None
+    scored = sorted(c for c in changes if c is not None)
+    return Reliability(change, wrong, float(np.mean(scored[: math.ceil(len(scored) / 10)])))
 
 
 # ------------------------------------------------------------------------------------------------------ the gap

@@ -1,4 +1,4 @@
-"""Metrics: against counting by hand, against theory, and for what was not measured."""
+"""Intervals: against theory, and for what was not measured."""
 
 from __future__ import annotations
 
@@ -9,52 +9,7 @@ import numpy as np
 import pytest
 
 from steerguard.errors import InputError
-from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered, repetition, words
-
-# ---------------------------------------------------------------------------------------------------- repetition
-
-
-@pytest.mark.parametrize(
-    ("text", "n", "share"),
-    [
-        ("", 4, 0),
-        ("one two three", 4, 0),
-        ("one two three four", 4, 0),
-        ("a b c d e f g h", 4, 0),
-        ("a b c d a b c d", 4, 1 / 5),
-        ("a a a a a", 4, 1 / 2),
-        ("a a a a", 1, 3 / 4),
-        ("A b, c! D. a B c (d)", 4, 1 / 5),
-        ("ﬁne don’t go on, FINE don’t GO on", 4, 1 / 5),
-        ("don't do it, don t do it", 2, 1 / 6),
-    ],
-)
-def test_repetition(text: str, n: int, share: float) -> None:
-    assert repetition(text, n) == pytest.approx(share)
-
-
-def test_repetition_against_counting() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        said = [str(x) for x in rng.integers(4, size=rng.integers(40))]
-        grams = [tuple(said[i : i + 4]) for i in range(len(said) - 3)]
-        again = sum(gram in grams[:i] for i, gram in enumerate(grams))
-        assert repetition(" ".join(said)) == pytest.approx(again / len(grams) if grams else 0)
-
-
-def test_a_loop_repeats_almost_all_and_a_text_almost_nothing() -> None:
-    assert repetition("I am sorry about that. " * 50) > 0.97
-    assert repetition(" ".join(map(str, range(200)))) == 0
-
-
-def test_words() -> None:
-    assert words("It's THE_end — “naïve” 3.5% ’tis") == ["it's", "the", "end", "naïve", "3", "5", "tis"]
-
-
-def test_grams_have_words() -> None:
-    with pytest.raises(InputError, match="n = 0"):
-        repetition("a b", 0)
-
+from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered, reliability
 
 # ----------------------------------------------------------------------------------------------------- intervals
 
@@ -153,3 +108,48 @@ def test_intervals_as_text() -> None:
 )
 def test_recovered(malicious: Any, aligned: Any, steered: Any, share: float | None) -> None:
     assert recovered(malicious=malicious, aligned=aligned, steered=steered) == (share and pytest.approx(share))
+
+
+# --------------------------------------------------------------------------------------------------- reliability
+
+
+def test_a_good_mean_may_hide_inputs_that_got_worse() -> None:
+    before = [50.0] * 20
+    even = reliability([55.0] * 20, before, better="higher")
+    uneven = reliability([80.0] * 15 + [-20.0] * 5, before, better="higher")
+    assert even is not None and uneven is not None
+    assert even.change.mean == uneven.change.mean == pytest.approx(5.0)
+    assert (even.wrong.mean, even.worst_decile) == (0.0, pytest.approx(5.0))
+    assert (uneven.wrong.mean, uneven.worst_decile) == (0.25, pytest.approx(-70.0))
+    assert uneven.wrong.low is not None and uneven.wrong.low > 0
+
+
+def test_reliability_against_counting() -> None:
+    rng = np.random.default_rng(0)
+    after, before = rng.normal(size=(2, 37))
+    for better, sign in (("higher", 1), ("lower", -1)):
+        found = reliability(list(after), list(before), better=better)  # type: ignore[arg-type]
+        change = sign * (after - before)
+        assert found is not None
+        assert found.change.mean == pytest.approx(change.mean())
+        assert found.wrong.mean == pytest.approx((change < 0).mean())
+        assert found.worst_decile == pytest.approx(np.partition(change, 4)[:4].mean())  # a tenth of 37, rounded up
+    same = reliability([1.0, 2.0], [1.0, 2.0], better="lower")
+    assert same is not None and same.wrong.mean == 0.0
+
+
+def test_a_scenario_counts_once_however_many_answers_it_has() -> None:
+    after, before = [1.0, 1.0, 1.0, -5.0], [0.0, 0.0, 0.0, 0.0]
+    found = reliability(after, before, better="higher", groups=["a", "a", "a", "b"])
+    assert found is not None
+    assert (found.change.mean, found.wrong.mean, found.worst_decile) == (-2.0, 0.5, -5.0)
+    unscored = reliability([*after, None], [*before, 1.0], better="higher", groups=["a", "a", "a", "b", "c"])
+    assert unscored is not None
+    assert (unscored.change.n, unscored.change.unscored) == (2, 1)
+    assert reliability([None], [1.0], better="higher") is None
+    with pytest.raises(InputError, match="got 1, 2"):
+        reliability([1.0], [1.0, 2.0], better="higher")
+    with pytest.raises(InputError, match="higher or lower, got 'bigger'"):
+        reliability([1.0], [1.0], better="bigger")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="must be finite"):
+        reliability([math.nan], [1.0], better="higher")
