@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from steerguard.errors import InputError, OutputExists, SteerguardError
 
 if TYPE_CHECKING:
     from steerguard.backends.base import Backend, Sampling
+    from steerguard.fitting import Stage
     from steerguard.guard import Guard
 
 app = typer.Typer(
@@ -238,7 +239,7 @@ def _sampling(temperature: float, top_p: float, seed: int, max_new_tokens: int) 
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Stage]:
     from steerguard.report import terminal
 
     with terminal.progress() as report:

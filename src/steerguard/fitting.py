@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -41,8 +41,11 @@ MAX_BYTES = 2**30
 Context = Literal["own", "neutral"]
 """When an answer is read again: under the system prompt that it was given under, or under none."""
 
-Stage = Callable[[str, int, int], None]
-"""Progress of long work: called with (what is being done, done, total)."""
+
+class Stage(Protocol):
+    """Progress of long work: told what is being done, how much of it is done, of how much; tokens per second if any come."""
+
+    def __call__(self, what: str, done: int, total: int, rate: float = 0.0, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ def fit(
         layers=range(pos.shape[1]),
         scenarios=["\n".join(pair.scenario.turns) for pair in usable],  # variants of one prompt stay on one side of a fold
         direction=direction, seed=sampling.seed, allow_weak=allow_weak,
-        progress=progress and (lambda done, total: progress("probes", done, total)),
+        progress=None if progress is None else lambda done, total: progress("probes", done, total),
     )  # fmt: skip
     provenance = {
         "trait": {"name": trait.name, "sha256": trait.digest},

@@ -15,16 +15,30 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
 
 import steerguard
 from steerguard.backends import load
-from steerguard.backends.base import Answer, Backend, Floats, Sampling
+from steerguard.backends.base import Backend, Floats, Sampling
 from steerguard.errors import InputError
 from steerguard.fitting import CONTRAST, Stage, fit
 from steerguard.guard import Guard
 from steerguard.organism.capability import benign, capability
-from steerguard.sweeping import PAPER_RULES, Arm, Figures, Sweep, compare, gap_recovered, grid, sweep
+from steerguard.sweeping import (
+    JOURNAL,
+    PAPER_RULES,
+    TEST_JOURNAL,
+    Arm,
+    Figures,
+    Search,
+    Sweep,
+    compare,
+    gap_recovered,
+    grid,
+    sweep,
+)
+from steerguard.sweeping.answers import Kept
 from steerguard.traits import Scenario, Trait, trait
 
 TRAITS: Mapping[str, str] = {"honesty": "organism-honesty", "compassion": "organism-compassion"}
@@ -149,32 +163,33 @@ def _line(model: Backend, name: str, out: Path, unguarded: Future[float], stage:
     probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
     probes.save(out / name, overwrite=True)
     found = sweep(
-        model, data, probes, settings=grid(probes), benign=benign(), screen=SCREEN, sampling=SAMPLING, progress=stage
+        model, data, probes, settings=grid(probes), benign=benign(), search=Search(screen=SCREEN), sampling=SAMPLING,
+        store=out / name / JOURNAL, progress=stage,
     )  # fmt: skip
-    result = _test(model, data, found, unguarded, stage)
+    result = _test(model, data, found, unguarded, out / name / TEST_JOURNAL, stage)
     paths = {rule: out / f"{name}-{rule}.guard" for rule in found.best}
     for rule, path in paths.items():
         found.guard_of(rule).save(path, overwrite=True)
     return result, list(paths.values())
 
 
-def _test(model: Backend, data: Trait, found: Sweep, unguarded: Future[float], progress: Stage) -> TraitResult:
+def _test(model: Backend, data: Trait, found: Sweep, unguarded: Future[float], store: Path, progress: Stage) -> TraitResult:
     """The test split, read once: every arm's answers, the neutral prompts, and the examples.
 
     A rule that benign prompts alone refused is tested too, where it would have stood: what it would cost is a result.
     """
     shown = {**found.barred, **found.best}
     guards = {rule: found.guard_at(shown[rule]) for rule in PAPER_RULES if rule in shown}
-    arms = compare(model, data, guards, sampling=SAMPLING, trace=True, progress=progress)
+    arms = compare(model, data, guards, sampling=SAMPLING, store=store, progress=progress)
     scores = dict.fromkeys(("aligned", "malicious"), unguarded.result())
     for done, (rule, guard) in enumerate(guards.items()):
         progress("neutral prompts", done, len(guards))
         scores[rule] = capability(model, guards=guard, sampling=SAMPLING)
     progress("neutral prompts", len(guards), len(guards))
-    return TraitResult(data.name, arms, scores, _examples(model, data, arms, guards), found)
+    return TraitResult(data.name, arms, scores, _examples(data, arms, guards), found)
 
 
-def _examples(model: Backend, data: Trait, arms: Sequence[Arm], guards: Mapping[str, Guard]) -> list[Example]:
+def _examples(data: Trait, arms: Sequence[Arm], guards: Mapping[str, Guard]) -> list[Example]:
     """The first test scenarios of different categories, as they came: nothing is picked for its outcome."""
     first: dict[str, int] = {}
     for i, scenario in enumerate(data.test):
@@ -185,19 +200,18 @@ def _examples(model: Backend, data: Trait, arms: Sequence[Arm], guards: Mapping[
             title=f"{data.name}, {data.test[i].category}",
             system=data.test[i].negative,
             question=_last_words(data.test[i]),
-            answers=[(arm.name, (arm.answers[i].text, _tokens(model, arm.answers[i], guards.get(arm.name)))) for arm in shown],
+            answers=[(arm.name, (arm.answers[i].text, _tokens(arm.answers[i], guards.get(arm.name)))) for arm in shown],
         )
         for i in list(first.values())[:EXAMPLES]
     ]
 
 
-def _tokens(model: Backend, answer: Answer, guard: Guard | None) -> Tokens | None:
+def _tokens(answer: Kept, guard: Guard | None) -> Tokens | None:
     if guard is None:
         return None
-    probe, trace, start = guard.probes[0], answer.traces[0], len(answer.prompt_ids)
-    rho = trace.rho[start:]
-    moved = [bool(delta) for delta in trace.delta[start:]]
-    return Tokens(model.pieces(answer.ids)[: len(rho)], rho, moved, probe.m, probe.delta_mu)
+    probe, start = guard.probes[0], len(answer.rho) + 1 - answer.n  # the last token drawn is never read
+    rho, moved = np.array(answer.rho[start:], np.float32), [bool(delta) for delta in answer.delta[start:]]
+    return Tokens(list(answer.pieces[: len(rho)]), rho, moved, probe.m, probe.delta_mu)
 
 
 def _last_words(scenario: Scenario) -> str:
@@ -211,7 +225,7 @@ def _figures(result: TraitResult) -> dict[str, Any]:
             continue
         f = arm.figures
         rules[arm.name] = {
-            "layer": arm.setting.layer, "alpha": arm.setting.rule.strength, "positions": arm.setting.positions,
+            "layer": arm.setting.layers[0], "alpha": arm.setting.rule.strength, "positions": arm.setting.positions,
             "trait": f.trait, "coherence": f.coherence, "capability": result.capability[arm.name],
             "recovered": result.recovered(arm), "repetition": f.repetition, "moved": f.moved, "shift": f.shift,
             "n": f.n, "unscored": f.unscored, "refused": result.sweep.refused.get(arm.name),
@@ -229,10 +243,10 @@ def _figures(result: TraitResult) -> dict[str, Any]:
 def _stage(progress: Stage | None, trait_name: str, stop: Event) -> Stage:
     """Progress of one trait's line, which ends there once `stop` is set."""
 
-    def tell(what: str, done: int, total: int) -> None:
+    def tell(what: str, done: int, total: int, rate: float = 0.0, /) -> None:
         if stop.is_set():
             raise CancelledError
         if progress is not None:
-            progress(f"{trait_name}: {what}", done, total)
+            progress(f"{trait_name}: {what}", done, total, rate)
 
     return tell

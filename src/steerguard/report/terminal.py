@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import StringIO
@@ -33,7 +33,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from steerguard.backends.base import Answer, Backend, Floats
     from steerguard.checking import CheckReport
-    from steerguard.fitting import Fit
+    from steerguard.fitting import Fit, Stage
     from steerguard.guard import Guard
     from steerguard.organism.demo import DemoResult, Example, Tokens, TraitResult
     from steerguard.sweeping import Arm
@@ -71,26 +71,29 @@ def loading(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that is told (what, done, total): bars on a terminal, a line per finished step elsewhere."""
+def progress() -> Iterator[Stage]:
+    """A function that is told how far work is: bars on a terminal, a line per finished step elsewhere."""
     if not _err().is_terminal:
         yield _lines
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )  # fmt: skip
     with Progress(*columns, console=_err(), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int, rate: float = 0.0, /) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = bars.add_task(what, total=total, rate="")
+            bars.update(tasks[what], completed=done, total=total, rate=f"{rate:,.0f} tokens/s" if rate else "")
 
         yield report
 
 
-def _lines(what: str, done: int, total: int) -> None:
+def _lines(what: str, done: int, total: int, rate: float = 0.0, /) -> None:
     if done == total:
-        _err().print(f"{what}: {total}")
+        _err().print(f"{what}: {total}" + (f", {rate:,.0f} tokens/s" if rate else ""))
 
 
 # ------------------------------------------------------------------------------------------------ tokens
