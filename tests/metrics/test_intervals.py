@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from steerguard.errors import InputError
-from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered, reliability
+from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered, recovered_interval, reliability
 
 # ----------------------------------------------------------------------------------------------------- intervals
 
@@ -153,3 +153,38 @@ def test_a_scenario_counts_once_however_many_answers_it_has() -> None:
         reliability([1.0], [1.0], better="bigger")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="must be finite"):
         reliability([math.nan], [1.0], better="higher")
+
+
+def test_the_share_recovered_has_an_interval() -> None:
+    rng = np.random.default_rng(0)
+    malicious, aligned = rng.uniform(0, 20, 60), rng.uniform(80, 100, 60)
+    half = (malicious + aligned) / 2
+    found = recovered_interval(malicious.tolist(), aligned.tolist(), half.tolist())
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert found.mean == pytest.approx(50)
+    assert found.low == pytest.approx(50)  # the same share of every scenario: nothing to be unsure of
+    assert found.high == pytest.approx(50)
+    # as a bootstrap by hand
+    steered = np.where(rng.random(60) < 0.7, aligned, malicious)
+    found = recovered_interval(malicious.tolist(), aligned.tolist(), steered.tolist(), seed=1)
+    assert found is not None
+    drawn = np.random.default_rng(9).integers(60, size=(4000, 60))
+    shares = [recovered(malicious[at].mean(), aligned[at].mean(), steered[at].mean()) for at in drawn]
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])), abs=1.5)  # type: ignore[arg-type]
+
+
+def test_a_share_of_no_gap_or_of_nothing_is_none() -> None:
+    assert recovered_interval([5.0, 6.0], [5.0, 6.0], [9.0, 9.0]) is None
+    assert recovered_interval([None, None], [90.0, 90.0], [9.0, 9.0]) is None
+    one = recovered_interval([0.0], [100.0], [50.0])
+    assert one is not None
+    assert (one.mean, one.low, one.n) == (50.0, None, 1)
+    unscored = recovered_interval([0.0, None, 0.0], [100.0, 100.0, 100.0], [50.0, 50.0, None])
+    assert unscored is not None
+    assert (unscored.mean, unscored.n, unscored.unscored) == (50.0, 1, 2)
+    # a gap that most draws do not have
+    faint = recovered_interval([0.0, 100.0] * 20, [100.0, 0.0] * 19 + [100.0, 1.0], [50.0] * 40)
+    assert faint is not None
+    assert faint.low is None

@@ -24,6 +24,7 @@ from steerguard.metrics.intervals import (
     bootstrap_interval,
     paired_difference,
     recovered,
+    recovered_interval,
     reliability,
 )
 from steerguard.metrics.measured import Measured
@@ -31,5 +32,5 @@ from steerguard.metrics.texts import compression, distinct, repetition, repetiti
 
 __all__ = [
     "bootstrap_interval", "compression", "distinct", "Interval", "LEVEL", "Measured", "NIL_GAP", "paired_difference",
-    "recovered", "Reliability", "reliability", "repetition", "repetition_across", "RESAMPLES", "words",
+    "recovered", "recovered_interval", "Reliability", "reliability", "repetition", "repetition_across", "RESAMPLES", "words",
 ]  # fmt: skip

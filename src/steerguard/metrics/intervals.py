@@ -167,3 +167,40 @@ def recovered(malicious: float | None, aligned: float | None, steered: float | N
     if malicious is None or aligned is None or steered is None or aligned - malicious <= NIL_GAP:
         return None
     return 100 * (steered - malicious) / (aligned - malicious)
+
+
+def recovered_interval(
+    malicious: Sequence[float | None],
+    aligned: Sequence[float | None],
+    steered: Sequence[float | None],
+    *,
+    seed: int = 42,
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """The share of the gap that was recovered, in %, with its interval; None where `recovered` of the means is.
+
+    The scenarios are drawn together for the three arms, since a hard one is hard in all. A draw that leaves no gap gives no
+    share; if one in twenty does, the interval is not known.
+
+    Args:
+        malicious, aligned, steered: one value for each scenario, in the same order; None is unscored.
+    """
+    arms = np.array([[math.nan if x is None else x for x in one] for one in (malicious, aligned, steered)], np.float64)
+    n = arms.shape[1]
+    known = ~np.isnan(arms)
+    if not known.any(axis=1).all():
+        return None
+    means = [float(arm[own].mean()) for arm, own in zip(arms, known, strict=True)]
+    share = recovered(*means)
+    if share is None:
+        return None
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low_arm, high_arm, own_arm = (drawn @ np.where(known, arms, 0.0).T / (drawn @ known.T.astype(np.float64))).T
+        shares = 100 * (own_arm - low_arm) / (high_arm - low_arm)
+        sound = shares[np.isfinite(shares) & (high_arm - low_arm > NIL_GAP)]
+    complete = int(known.all(axis=0).sum())
+    if n < 2 or len(sound) < 0.95 * resamples:
+        return Interval(share, None, None, complete, n - complete)
+    low, high = np.quantile(sound, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(share, float(low), float(high), complete, n - complete)

@@ -1,0 +1,160 @@
+"""The plan of a recipe: how many answers, tokens, hours and judge calls, before anything is loaded or sent.
+
+Counts of answers and calls are exact where the recipe decides them; tokens and hours rest on the recipe's own `estimate`,
+which is an assumption and is printed as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from steerguard.errors import InputError
+from steerguard.judging import JudgeConfig, judge_from
+from steerguard.recipes import Recipe
+from steerguard.traits import Scenario, Trait
+
+JUDGE_PROMPT = 900
+"""Tokens of a judge's instructions and rubric, beside the scenario and the answer."""
+FINAL = 10
+"""Settings of each rule that are taken to come into question, and so are tried on benign prompts."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the work."""
+
+    what: str
+    answers: int
+    "generations"
+    prompt_tokens: float
+    "tokens that are read for them, all together"
+    answer_tokens: float
+    "tokens that are generated"
+    judged: int = 0
+    "answers that are judged"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will take."""
+
+    steps: tuple[Step, ...]
+    settings: int
+    layers: int
+    hardware: str
+    hours: float | None
+    "None if the recipe does not say how fast the hardware is"
+    judge_calls: int
+    judge_tokens: float
+    judge_money: float | None
+    "None if no judge has prices, or none is asked"
+    forwards: int
+    "passes over benign prompts for KL and fire rates, at most"
+
+    @property
+    def answers(self) -> int:
+        return sum(step.answers for step in self.steps)
+
+    @property
+    def tokens(self) -> float:
+        return sum(step.prompt_tokens + step.answer_tokens for step in self.steps)
+
+
+def plan(recipe: Recipe, trait: Trait, depth: int, benign: Sequence[str], *, scored_benign: bool = False) -> Plan:
+    """What a recipe will take on a model of `depth` layers.
+
+    Args:
+        benign: the texts of the benign prompts.
+        scored_benign: whether answers to them are worth points, so that settings answer them.
+
+    Raises:
+        InputError: a layer that the model does not have.
+    """
+    groups = recipe.grid.groups()
+    layers = list(range(depth)) if groups is None else groups
+    flat = [i for one in layers for i in ((one,) if isinstance(one, int) else one)]
+    if flat and max(flat) >= depth:
+        raise InputError(f"layer {max(flat)} is not there: {recipe.model} has layers 0 to {depth - 1}")
+    per_layer = sum(len(own) or _own(name) for name, own in recipe.grid.rules.items()) * len(recipe.grid.positions)
+    settings, rules = per_layer * len(layers), len(recipe.grid.rules)
+    exact = trait.grammar is not None
+    coming = min(rules * FINAL, settings)
+    steps = [
+        _step(recipe, "answers under both poles, to learn from", trait.train, 2, judged=False),
+        _step(recipe, "baselines on the select scenarios", trait.select, 2, judged=not exact),
+        *_grid(recipe, trait.select, settings, rules, judged=not exact),
+        _texts(recipe, "benign prompts, unguarded", benign, 1),
+    ]
+    if scored_benign:
+        steps.append(_texts(recipe, "benign prompts under what comes into question, at most", benign, coming))
+    if recipe.test:
+        steps.append(_step(recipe, "the test scenarios: aligned, malicious and each rule", trait.test, 2 + rules, judged=not exact))
+    steps = [step for step in steps if step.answers]
+    calls, tokens, money = _judged(recipe, steps, trait)
+    speed = recipe.estimate.tokens_per_second
+    return Plan(
+        steps=tuple(steps), settings=settings, layers=len(layers), hardware=recipe.estimate.hardware,
+        hours=None if speed is None else sum(step.answer_tokens for step in steps) / speed / 3600,
+        judge_calls=calls, judge_tokens=tokens, judge_money=money, forwards=len(benign) * (2 + coming),
+    )  # fmt: skip
+
+
+def _own(name: str) -> int:
+    from steerguard.rules import RULES
+
+    return len(RULES[name].grid)
+
+
+def _grid(recipe: Recipe, select: Sequence[Scenario], settings: int, rules: int, *, judged: bool) -> list[Step]:
+    """The grid on `select`, or what a search goes over at most."""
+    search = recipe.search
+    tried = settings if search.stride == 1 else -(-settings // search.stride)
+    around = 0 if search.stride == 1 else min(settings - tried, 4 * (search.stride - 1) * settings // max(1, _layers(recipe, settings)))
+    screens = search.screen is not None and search.screen < len(select)
+    asked = select[: search.screen] if screens else select
+    steps = [_step(recipe, f"{tried} settings on {len(asked)} select scenarios", asked, tried, judged=judged)]
+    if around:
+        steps.append(_step(recipe, f"about {around} settings around the best", asked, around, judged=judged))
+    if screens:
+        last = min(rules * search.finalists, settings)
+        steps.append(_step(recipe, f"{last} finalists on all {len(select)}", select, last, judged=judged))
+    return steps
+
+
+def _layers(recipe: Recipe, settings: int) -> int:
+    per_layer = sum(len(own) or _own(name) for name, own in recipe.grid.rules.items()) * len(recipe.grid.positions)
+    return settings // per_layer
+
+
+def _step(recipe: Recipe, what: str, scenarios: Sequence[Scenario], times: int, *, judged: bool) -> Step:
+    texts = [s.negative + "".join(s.turns) for s in scenarios]
+    step = _texts(recipe, what, texts, times)
+    return Step(step.what, step.answers, step.prompt_tokens, step.answer_tokens, step.answers if judged else 0)
+
+
+def _texts(recipe: Recipe, what: str, texts: Sequence[str], times: int) -> Step:
+    tokens = sum(map(len, texts)) / recipe.estimate.characters_per_token
+    length = min(recipe.estimate.answer_tokens, recipe.sampling.max_new_tokens)
+    return Step(what, len(texts) * times, tokens * times, float(len(texts) * times * length))
+
+
+def judges(recipe: Recipe) -> tuple[JudgeConfig, ...]:
+    """The recipe's judges."""
+    return tuple(judge_from(one) for one in recipe.judge.judges)
+
+
+def _judged(recipe: Recipe, steps: Sequence[Step], trait: Trait) -> tuple[int, float, float | None]:
+    """Calls, tokens and money: each answer is judged on its trait and on its coherence, by every judge, every draw."""
+    answers = sum(step.judged for step in steps)
+    if not answers:
+        return 0, 0.0, None
+    read = sum((step.prompt_tokens + step.answer_tokens) for step in steps if step.judged) / answers + JUDGE_PROMPT
+    calls, tokens, money = 0, 0.0, None
+    for judge in judges(recipe):
+        own = answers * 2 * recipe.judge.repeats
+        calls += own
+        tokens += own * (read + judge.typical_tokens)
+        cost = judge.money(own * read, own * judge.typical_tokens)
+        money = money if cost is None else (money or 0.0) + cost
+    return calls, tokens, money
