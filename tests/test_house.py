@@ -15,10 +15,10 @@ import steerguard
 ROOT = Path(steerguard.__file__).parent
 ORDER = [
     "errors", "rules", "probe", "files", "probe_file", "identity", "prompts", "traits", "guard_card", "guard", "layers",
-    "backends.base", "backends", "metrics", "scorers", "fitting", "sweeping", "checking", "report", "organism", "cli",
+    "backends.base", "backends", "metrics", "scorers", "judging", "fitting", "sweeping", "checking", "report", "organism", "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
-NUMPY_ONLY = [*ORDER[: ORDER.index("layers")], "metrics", "scorers"]
+NUMPY_ONLY = [*ORDER[: ORDER.index("layers")], "metrics", "scorers", "judging"]
 """Modules that must not import torch or transformers, not even late."""
 RULE_NAMES = ("SwFC", "StTP", "StMP", "MeanAblate")
 MAY_NAME_RULES = ("rules", "__init__", "sweeping", "organism", "cli", "report", "backends.proof")
