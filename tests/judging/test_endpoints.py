@@ -10,12 +10,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from endpoint import Reply, Request, planted, serving, verdict, well
+from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 
 from steerguard.errors import JudgeError
-from steerguard.judging import JudgeConfig, JudgeScorer
+from steerguard.judging import JudgeConfig, JudgeScorer, SpendLimit
 from steerguard.scorers import Score, Scorer
 from steerguard.traits import Scenario, Trait
 
@@ -79,7 +81,7 @@ PASSING = {
 @pytest.mark.parametrize("name", PASSING)
 def test_what_fails_once_is_asked_again(name: str, trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:
     with serving(failing_first(PASSING[name], 1)) as endpoint:
-        scorer = JudgeScorer(trait, judge_at(endpoint.url, timeout=0.5 if name == "hanging" else 5.0, concurrency=10))
+        scorer = JudgeScorer(trait, judge_at(endpoint.url, timeout=1.0 if name == "hanging" else 5.0, concurrency=10))
         assert numbers(scorer.scores(scenarios[:5], ANSWERS[:5])) == EXPECTED[:5]
     assert len(endpoint.requests) == 20
     assert (scorer.spent.calls, scorer.spent.failed) == (20, 10)
@@ -209,13 +211,35 @@ def test_inside_a_loop_that_is_running(trait: Trait, scenarios: list[Scenario], 
         assert numbers(asyncio.run(notebook())) == EXPECTED[:2]
 
 
-def test_a_name_of_inspects_own(trait: Trait, scenarios: list[Scenario]) -> None:
-    scorer = JudgeScorer(trait, JudgeConfig("mockllm/model", attempts=1))
-    (score,) = scorer.scores(scenarios[:1], ["Fine."])
-    assert score.trait is None
-    assert "no JSON object" in score.note
+@modelapi(name="planted")
+def planted_api() -> type[ModelAPI]:
+    class Planted(ModelAPI):
+        """A provider of inspect-ai's kind that is no OpenAI's."""
+
+        async def generate(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> ModelOutput:
+            if self.model_name == "broken":
+                raise KeyError("a mistake in a provider")
+            output = ModelOutput.from_content("planted", verdict(planted(input[-1].text)))
+            output.usage = ModelUsage(input_tokens=10, output_tokens=5, input_tokens_cache_read=7)
+            return output
+
+    return Planted
+
+
+def test_any_provider_of_inspect_ai(trait: Trait, scenarios: list[Scenario]) -> None:
+    scorer = JudgeScorer(trait, JudgeConfig("planted/model", price_in=1.0, price_out=2.0))
+    assert scorer.scores(scenarios[:1], ["trait=70"])[0].trait == 70
+    assert (scorer.spent.tokens_in, scorer.spent.tokens_out) == (34, 10), "what came from the provider's cache counts"
+    assert scorer.spent.money == pytest.approx((34 + 2 * 10) / 1e6)
     with pytest.raises(JudgeError, match="nobody/knows cannot be set up"):
         JudgeScorer(trait, JudgeConfig("nobody/knows")).scores(scenarios[:1], ["Fine."])
+
+
+def test_a_mistake_is_not_taken_for_a_bad_endpoint(trait: Trait, scenarios: list[Scenario]) -> None:
+    scorer = JudgeScorer(trait, JudgeConfig("planted/broken"), limit=SpendLimit(calls=100))
+    with pytest.raises(KeyError, match="a mistake in a provider"):
+        scorer.scores(scenarios[:1], ["trait=70"])
+    assert scorer.budget.idle, "no call is held for ever"
 
 
 KEY = "sk-verysecret-0123456789"

@@ -81,7 +81,8 @@ def test_a_judge_that_prefers_what_is_shown_first_is_found_out(trait: Trait, jud
 def test_always_winning_is_finite_and_ties_are_even(trait: Trait, judge_at: Make) -> None:
     asked = many(10)
     with serving(well) as endpoint:
-        found = tournament(trait, asked, {"a": ["trait=90"] * 10, "b": ["trait=10"] * 10, "c": ["trait=90 "] * 10}, judge_at(endpoint.url))
+        arms = {"a": ["trait=90"] * 10, "b": ["trait=10"] * 10, "c": ["trait=90 "] * 10}
+        found = tournament(trait, asked, arms, judge_at(endpoint.url))
         assert len(endpoint.requests) == 20, "one and the same text is a tie, and costs nothing"
         even = tournament(trait, asked, {"a": ["trait=9 x"] * 10, "b": ["trait=9 y"] * 10}, judge_at(endpoint.url))
     a, c, b = found.ratings

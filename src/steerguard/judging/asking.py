@@ -20,7 +20,7 @@ from steerguard.errors import JudgeError
 from steerguard.judging.budget import Budget
 from steerguard.judging.cache import Cache, Entry
 from steerguard.judging.config import JudgeConfig
-from steerguard.judging.endpoint import Call, Endpoint, Failure, key_for, open_model, secrets
+from steerguard.judging.endpoint import Call, Endpoint, Failure, key_for, keys_unlogged, open_model, secrets
 from steerguard.judging.verdict import NoVerdict, Verdict, read_verdict
 
 Stage = Callable[[str, int, int], None]
@@ -69,8 +69,9 @@ class Asker:
             JudgeError: a judge that is set up wrongly, or no judge that answers.
             SpendLimitReached: what was judged is in the cache.
         """
-        todo = {call.key: call for call in calls if call.key not in self._cache}
-        self._total = len(todo)
+        wanted = {call.key: call for call in calls}
+        todo = {key: call for key, call in wanted.items() if key not in self._cache}
+        self._total, self._judges = len(todo), {call.judge for call in wanted.values()}
         if not todo:
             return
         by_judge: dict[JudgeConfig, deque[Call]] = {}
@@ -83,11 +84,13 @@ class Asker:
 
     async def _ask(self, by_judge: Mapping[JudgeConfig, deque[Call]], keys: Mapping[JudgeConfig, str | None]) -> None:
         self._settled, self._ended = anyio.Event(), anyio.Event()
+        hidden = secrets(keys.values())
         async with AsyncExitStack() as stack:
             endpoints = []
             for judge in by_judge:
                 model = await stack.enter_async_context(open_model(judge, keys[judge]))
-                endpoints.append(Endpoint(judge, model, secrets(keys.values()), self._sleep))
+                endpoints.append(Endpoint(judge, model, hidden, self._sleep))
+            stack.enter_context(keys_unlogged(hidden))
             try:
                 async with anyio.create_task_group() as group:
                     for endpoint in endpoints:
@@ -97,7 +100,7 @@ class Asker:
             except BaseExceptionGroup as together:
                 raise _first(together) from None
         down = [endpoint.down for endpoint in endpoints if endpoint.down]
-        if len(down) == len(endpoints):
+        if len(down) == len(self._judges):  # one whose verdicts are all in the cache is none of them
             self._stop(JudgeError(f"{down[0]}; {self._kept} verdicts of this run are kept; mend the endpoint and run it again"))
 
     async def _work(self, endpoint: Endpoint, calls: deque[Call]) -> None:

@@ -8,10 +8,12 @@ inspect-ai's own retries and its cache are off: retries are counted by us, and i
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +30,7 @@ Sleep = Callable[[float], Awaitable[None]]
 INSTALL = 'pip install "steerguard[judge]"'
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _ENOUGH_FOR_A_SECRET = 6
+_LOGGING = ("inspect_ai", "openai", "httpx", "httpx2", "httpcore", "httpcore2", "anthropic")
 _FRAMING = 64
 """Tokens that a chat template may put around two messages."""
 
@@ -251,6 +254,24 @@ def secrets(keys: Iterable[str | None]) -> list[str]:
     """Everything that must not be shown, longest first: the keys in use, and whatever the environment calls one."""
     named = [value for name, value in os.environ.items() if _SECRET.search(name)]
     return sorted({s for s in [*keys, *named] if s and len(s) >= _ENOUGH_FOR_A_SECRET}, key=len, reverse=True)
+
+
+@contextmanager
+def keys_unlogged(hidden: Sequence[str]) -> Iterator[None]:
+    """Drop what the libraries below would log with a key in it, such as an endpoint's error that repeats it."""
+
+    def clean(record: logging.LogRecord) -> bool:
+        told = str(vars(record))
+        return not any(secret in told for secret in hidden)
+
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in _LOGGING]
+    for name in names:
+        logging.getLogger(name).addFilter(clean)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(clean)
 
 
 def _scrub(text: str, hidden: Sequence[str]) -> str:
