@@ -30,7 +30,8 @@ def test_against_the_definition() -> None:
     for raters in (2, 3, 5):
         truth = [rng.randint(0, 100) for _ in range(30)]
         ratings: dict[str, list[float | None]] = {
-            str(r): [None if rng.random() < 0.2 else min(100, max(0, t + rng.randint(-20, 20))) for t in truth] for r in range(raters)
+            str(r): [None if rng.random() < 0.2 else min(100, max(0, t + rng.randint(-20, 20))) for t in truth]
+            for r in range(raters)
         }
         found = agreement(ratings)
         assert found.alpha == pytest.approx(alpha(ratings), abs=1e-6)

@@ -40,7 +40,7 @@ def test_what_is_in_the_cache_is_not_asked(trait: Trait, scenarios: list[Scenari
         again = JudgeScorer(trait, judge_from(judge, base_url="http://127.0.0.1:9/v1", concurrency=1), cache=cache)
         assert again.estimate(scenarios[:10], ANSWERS).calls == 0
         assert again.scores(scenarios[:10], ANSWERS) == scores, "where a judge runs does not decide what it says"
-        assert again.spent.calls == 0
+        assert (again.spent.calls, again.spent.cached) == (0, 20)
         # a further draw, another setting, another rubric, another answer: each is something else
         JudgeScorer(trait, judge, cache=cache, repeats=2).scores(scenarios[:1], ANSWERS[:1])
         assert len(endpoint.requests) == 22
@@ -203,12 +203,13 @@ def test_a_limit_on_money_is_kept_beforehand(trait: Trait, scenarios: list[Scena
         assert (estimate.verdicts, estimate.calls) == (20, 20)
         assert estimate.money is not None
         assert estimate.most is not None
-        assert estimate.most == pytest.approx(sum(c.hold.money for row in scorer._calls(scenarios[:10], ANSWERS) for c in row.values()))
+        assert estimate.money < estimate.most
+        assert estimate.most > 20 * 500 * 100 / 1e6, "max_tokens at their price, and what is sent"
         scorer.scores(scenarios[:10], ANSWERS)
         assert scorer.spent.money == pytest.approx(20 * each)
         assert (scorer.spent.tokens_in, scorer.spent.tokens_out) == (20 * TOKENS_IN, 20 * TOKENS_OUT)
         tight = JudgeScorer(trait, judge, limit=SpendLimit(money=0.1))
-        with pytest.raises(SpendLimitReached, match=r"0\.1 money"):
+        with pytest.raises(SpendLimitReached, match=r"a cost of 0\.1 \("):
             tight.scores(scenarios[:10], ANSWERS)
         assert tight.spent.money is not None
         assert 0 < tight.spent.money <= 0.1
@@ -223,7 +224,8 @@ def test_a_limit_on_tokens_and_failed_calls_that_cost(trait: Trait, scenarios: l
         scorer = JudgeScorer(trait, judge, limit=SpendLimit(tokens=40_000))
         with pytest.raises(SpendLimitReached, match="40000 tokens"):
             scorer.scores(scenarios[:10], ANSWERS)
-        assert scorer.spent.calls == scorer.spent.unmetered == len(endpoint.requests) == 3
+        assert scorer.spent.calls == scorer.spent.unmetered == 3
+        assert len(endpoint.requests) <= 3
     with serving(lambda request: Reply("busy", status=503)) as endpoint:
         scorer = JudgeScorer(trait, judge_at(endpoint.url, give_up=10), limit=SpendLimit(tokens=40_000))
         with pytest.raises(JudgeError, match="taken to be down"):
@@ -246,7 +248,7 @@ def test_an_endpoint_that_does_not_count(trait: Trait, scenarios: list[Scenario]
         scorer = JudgeScorer(trait, judge_at(endpoint.url))
         assert scorer.scores(scenarios[:1], ANSWERS[1:2])[0].trait == 10
     assert scorer.spent.unmetered == 2
-    assert "2 calls with estimated tokens" in str(scorer.spent)
+    assert "2 calls whose tokens are taken at their most" in str(scorer.spent)
     assert scorer.spent.tokens_out == 2 * 500
 
 
@@ -254,9 +256,9 @@ def test_an_estimate_learns_from_the_cache(trait: Trait, scenarios: list[Scenari
     with serving(well) as endpoint:
         scorer = JudgeScorer(trait, judge_at(endpoint.url, price_in=1.0, price_out=1.0))
         before = scorer.estimate(scenarios[:10], ANSWERS)
-        assert before.tokens_out == 20 * 1000
+        assert before.tokens_out == 20 * 500, "1000 is typical, but this judge may take 500"
         scorer.scores(scenarios[:9], ANSWERS[:9])
         after = scorer.estimate(scenarios[:10], ANSWERS)
     assert (after.verdicts, after.cached, after.calls, after.tokens_out) == (20, 18, 2, 2 * TOKENS_OUT)
     assert "about 2 calls" in str(after)
-    assert "money" in str(after)
+    assert "cost about 0.0" in str(after)

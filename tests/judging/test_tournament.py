@@ -11,7 +11,7 @@ from endpoint import Reply, Request, fenced, planted, serving, verdict, well
 
 from steerguard.errors import JudgeError, SpendLimitReached
 from steerguard.judging import JudgeConfig, SpendLimit, tournament
-from steerguard.judging.tournament import estimate_tournament
+from steerguard.judging.comparing import estimate_tournament
 from steerguard.traits import Scenario, Trait
 
 Make = Callable[..., JudgeConfig]
@@ -35,9 +35,9 @@ def arms(n: int) -> dict[str, list[str]]:
 
 
 def test_planted_strengths_are_found(trait: Trait, judge_at: Make) -> None:
-    asked = many(80)
+    asked = many(60)
     with serving(by_strength) as endpoint:
-        found = tournament(trait, asked, arms(80), judge_at(endpoint.url), seed=1)
+        found = tournament(trait, asked, arms(60), judge_at(endpoint.url), seed=1)
     assert [rating.arm for rating in found.ratings] == ["strong", "middle", "weak"]
     assert sum(rating.rating for rating in found.ratings) == pytest.approx(3 * 1500)
     for rating in found.ratings:
@@ -46,7 +46,7 @@ def test_planted_strengths_are_found(trait: Trait, judge_at: Make) -> None:
         assert rating.low < STRENGTHS[rating.arm] < rating.high
         assert rating.low < rating.rating < rating.high
         assert rating.high - rating.low < 200
-    assert found.n == found.spent.calls == len(endpoint.requests) == 240
+    assert found.n == found.spent.calls == len(endpoint.requests) == 180
     assert found.first_shown is not None
     assert not found.biased
     assert 40 < found.first_shown.mean < 60
@@ -55,11 +55,12 @@ def test_planted_strengths_are_found(trait: Trait, judge_at: Make) -> None:
 def test_it_is_the_same_twice_and_does_not_depend_on_who_is_named_first(trait: Trait, judge_at: Make, tmp_path: Path) -> None:
     asked, cache = many(20), tmp_path / "cache.jsonl"
     with serving(by_strength) as endpoint:
-        one = tournament(trait, asked, arms(20), judge_at(endpoint.url), cache=cache)
-        other = tournament(trait, asked, dict(reversed(arms(20).items())), judge_at(endpoint.url), cache=cache)
+        one = tournament(trait, asked, arms(20), judge_at(endpoint.url), cache=cache, resamples=50)
+        other = tournament(trait, asked, dict(reversed(arms(20).items())), judge_at(endpoint.url), cache=cache, resamples=50)
         assert len(endpoint.requests) == 60
         assert estimate_tournament(trait, asked, arms(20), judge_at(endpoint.url), cache=cache).calls == 0
-        third = tournament(trait, asked, {k: v for k, v in arms(20).items() if k != "weak"}, judge_at(endpoint.url), cache=cache)
+        fewer = {k: v for k, v in arms(20).items() if k != "weak"}
+        third = tournament(trait, asked, fewer, judge_at(endpoint.url), cache=cache, resamples=50)
         assert len(endpoint.requests) == 60, "an arm less changes no order"
     assert [(r.arm, round(r.rating, 6)) for r in one.ratings] == [(r.arm, round(r.rating, 6)) for r in other.ratings]
     assert [r.arm for r in third.ratings] == ["strong", "middle"]
@@ -67,7 +68,7 @@ def test_it_is_the_same_twice_and_does_not_depend_on_who_is_named_first(trait: T
 
 def test_a_judge_that_prefers_what_is_shown_first_is_found_out(trait: Trait, judge_at: Make) -> None:
     with serving(lambda request: Reply(verdict("first"))) as endpoint:
-        found = tournament(trait, many(40), arms(40), judge_at(endpoint.url))
+        found = tournament(trait, many(30), arms(30), judge_at(endpoint.url), resamples=200)
     assert found.biased
     assert found.first_shown is not None
     assert found.first_shown.mean == 100
@@ -82,9 +83,9 @@ def test_always_winning_is_finite_and_ties_are_even(trait: Trait, judge_at: Make
     asked = many(10)
     with serving(well) as endpoint:
         arms = {"a": ["trait=90"] * 10, "b": ["trait=10"] * 10, "c": ["trait=90 "] * 10}
-        found = tournament(trait, asked, arms, judge_at(endpoint.url))
+        found = tournament(trait, asked, arms, judge_at(endpoint.url), resamples=50)
         assert len(endpoint.requests) == 20, "one and the same text is a tie, and costs nothing"
-        even = tournament(trait, asked, {"a": ["trait=9 x"] * 10, "b": ["trait=9 y"] * 10}, judge_at(endpoint.url))
+        even = tournament(trait, asked, {"a": ["trait=9 x"] * 10, "b": ["trait=9 y"] * 10}, judge_at(endpoint.url), resamples=50)
     a, c, b = found.ratings
     assert (b.arm, b.wins, b.losses, b.ties) == ("b", 0, 20, 0)
     assert a.rating == pytest.approx(c.rating)
@@ -100,7 +101,7 @@ def test_what_was_not_judged_counts_for_nobody(trait: Trait, judge_at: Make) -> 
         return Reply(verdict("both")) if "firm 3?" in request.user else well(request)
 
     with serving(behave) as endpoint:
-        found = tournament(trait, many(6), arms(6), judge_at(endpoint.url, attempts=1))
+        found = tournament(trait, many(6), arms(6), judge_at(endpoint.url, attempts=1), resamples=50)
     assert (found.n, found.unscored) == (15, 3)
     lost = [c for c in found.comparisons if c.winner is None]
     assert {c.scenario for c in lost} == {"s3"}
@@ -113,7 +114,7 @@ def test_a_limit_and_going_on(trait: Trait, judge_at: Make, tmp_path: Path) -> N
         with pytest.raises(SpendLimitReached, match="7 verdicts of this run are kept in .*cache.jsonl, 11 are missing"):
             tournament(trait, many(6), arms(6), judge, cache=cache, limit=SpendLimit(calls=7))
         assert len(endpoint.requests) == 7
-        assert tournament(trait, many(6), arms(6), judge, cache=cache).n == 18
+        assert tournament(trait, many(6), arms(6), judge, cache=cache, resamples=50).n == 18
         assert len(endpoint.requests) == 18
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from steerguard.errors import JudgeError
 from steerguard.judging import JudgeConfig, JudgeScorer, judge_from
-from steerguard.judging.prompts import Kind
+from steerguard.judging.prompts import PROMPT_VERSION, Kind, coherence_question, pair_question, trait_question
 from steerguard.judging.verdict import NoVerdict, read_verdict
-from steerguard.traits import Trait
+from steerguard.traits import Scenario, Trait
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,12 @@ def test_what_decides_the_scores_is_the_identity(trait: Trait) -> None:
     assert JudgeScorer(trait, judge, repeats=2).identity != base
     for changed in ({"model": "n"}, {"temperature": 0.0}, {"reasoning_effort": "low"}, {"max_tokens": 9}, {"seed": 1}):
         assert JudgeScorer(trait, judge_from(judge, **changed)).identity != base
-    from dataclasses import replace
-
     assert JudgeScorer(replace(trait, rubric="Is it kind?"), judge).identity != base
+
+
+def test_the_wording_has_a_version(trait: Trait, scenarios: list[Scenario]) -> None:
+    """If this fails, the wording has changed: raise PROMPT_VERSION, and write its digest here."""
+    one = scenarios[0]
+    asked = trait_question(trait, one, "a"), coherence_question(one, "a"), pair_question(trait, one, "a", "b")
+    told = hashlib.sha256("".join(question.system + question.user for question in asked).encode()).hexdigest()
+    assert (PROMPT_VERSION, told[:16]) == (1, "54158b169d32ca68")

@@ -71,6 +71,7 @@ class Asker:
         """
         wanted = {call.key: call for call in calls}
         todo = {key: call for key, call in wanted.items() if key not in self._cache}
+        self._budget.found(len(wanted) - len(todo))
         self._total, self._judges = len(todo), {call.judge for call in wanted.values()}
         if not todo:
             return
@@ -159,8 +160,8 @@ class Asker:
             self._settled.set()
             self._settled = anyio.Event()
         tokens_in, tokens_out = usage or (0, 0)
-        model, kind = call.judge.model, call.question.kind
-        self._cache.add(Entry(call.key, model, kind, verdict.value, verdict.reason, tokens_in, tokens_out))
+        model, kind, reason = call.judge.model, call.question.kind, endpoint.clean(verdict.reason)
+        self._cache.add(Entry(call.key, model, kind, verdict.value, reason, tokens_in, tokens_out))
         self._kept += 1
         return None
 

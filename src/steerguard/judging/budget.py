@@ -43,16 +43,16 @@ class Spent:
     money: float | None = 0.0
     "None if a judge that was called has no prices"
     unmetered: int = 0
-    "requests whose tokens are estimated, since the endpoint did not tell"
+    "requests whose tokens the endpoint did not tell; they are taken to have cost the most that they could"
     cached: int = 0
     "verdicts that were there already and cost nothing"
 
     def __str__(self) -> str:
         rest = [f"{self.tokens_in + self.tokens_out:,} tokens"]
-        rest += [] if self.money is None else [f"{self.money:.4f} money"]
+        rest += [] if self.money is None else [f"cost {self.money:.4f}"]
         rest += [f"{self.cached} verdicts from the cache"] if self.cached else []
         rest += [f"{self.failed} calls without a verdict"] if self.failed else []
-        rest += [f"{self.unmetered} calls with estimated tokens"] if self.unmetered else []
+        rest += [f"{self.unmetered} calls whose tokens are taken at their most"] if self.unmetered else []
         return f"{self.calls} calls, {', '.join(rest)}"
 
 
@@ -78,7 +78,7 @@ class Estimate:
 
     def __str__(self) -> str:
         told = f"about {self.calls} calls and {self.tokens_in + self.tokens_out:,} tokens ({self.cached} verdicts are cached)"
-        return told if self.money is None else f"{told}, about {self.money:.4f} money and at most {self.most:.4f} without retries"
+        return told if self.money is None else f"{told}, cost about {self.money:.4f} and at most {self.most:.4f}, retries apart"
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,13 @@ class Budget:
         for name, needed in needs.items():
             limit = getattr(self.limit, name)
             if limit is not None and needed > limit:
-                return f"{limit:g} {name} ({needed:g} might be needed with the next call)"
+                allowed = f"a cost of {limit:g}" if name == "money" else f"{limit:g} {name}"
+                return f"{allowed} ({needed:g} might be needed with the next call)"
         return None
+
+    def found(self, cached: int) -> None:
+        """So many verdicts were there already."""
+        self.spent = replace(self.spent, cached=self.spent.cached + cached)
 
     def hold(self, hold: Hold) -> None:
         self._held.append(hold)

@@ -28,8 +28,9 @@ from steerguard.judging.prompts import Question
 
 Sleep = Callable[[float], Awaitable[None]]
 INSTALL = 'pip install "steerguard[judge]"'
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-_ENOUGH_FOR_A_SECRET = 6
+_SECRET = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_ENOUGH_FOR_A_SECRET = 8
+"""Characters; what is shorter is a placeholder such as `none`, and would be cut out of ordinary words."""
 _LOGGING = ("inspect_ai", "openai", "httpx", "httpx2", "httpcore", "httpcore2", "anthropic")
 _FRAMING = 64
 """Tokens that a chat template may put around two messages."""
@@ -114,6 +115,10 @@ class Endpoint:
             self._count(failure)
         return failure
 
+    def clean(self, text: str) -> str:
+        """A text without keys."""
+        return _scrub(text, self._hidden)
+
     async def pause(self, attempt: int, last: Failure | None) -> None:
         """Wait before a further call: as long as the endpoint said, else twice as long as the last time."""
         wait = self.judge.wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
@@ -145,7 +150,7 @@ class Endpoint:
             "content_filter": "; the endpoint refused or filtered it",
         }.get(reason, "")
         text = output.completion if output.choices else ""
-        return Reply(_scrub(text, self._hidden), counted, ended)
+        return Reply(self.clean(text), counted, ended)
 
     def _failure(self, error: BaseException) -> Failure | None:
         """What went wrong with a call; None if that is not of the endpoint's making."""
@@ -156,7 +161,7 @@ class Endpoint:
             if not isinstance(error, ValueError) or type(error).__name__ != "JSONDecodeError":
                 return None
             decision = True
-        said = " ".join(_scrub(str(getattr(error, "provider_message", None) or error), self._hidden).split())[:300]
+        said = " ".join(self.clean(str(getattr(error, "provider_message", None) or error)).split())[:300]
         return Failure(
             f"the judge's endpoint failed{f' with status {status}' if status else ''}: {said or type(error).__name__}",
             again=bool(decision),

@@ -15,7 +15,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerguard.errors import JudgeError
-from steerguard.judging.agreement import Agreement, agreement
+from steerguard.judging.agreeing import Agreement, agreement
 from steerguard.judging.budget import Budget, Estimate, SpendLimit, Spent
 from steerguard.judging.cache import Cache
 from steerguard.judging.config import JudgeConfig
@@ -98,7 +98,6 @@ class JudgeScorer:
             self.budget.check_prices(judge)
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
         self.progress = progress
-        self._cached = 0
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -215,7 +214,9 @@ def estimate(calls: Any, cache: Cache) -> Estimate:
     """What calls would cost that are not in the cache, each key once."""
     unique = {call.key: call for call in calls}
     todo = [call for key, call in unique.items() if key not in cache]
-    per_call = [(c, c.hold.tokens_in // 4, cache.typical_tokens(c.judge, c.question.kind)) for c in todo]
+    typical = {(c.judge, c.question.kind): cache.typical_tokens(c.judge, c.question.kind) for c in todo}
+    # a token is about four bytes of English
+    per_call = [(c, c.hold.tokens_in // 4, min(typical[c.judge, c.question.kind], c.judge.max_tokens)) for c in todo]
     costs = [c.judge.money(sent, received) for c, sent, received in per_call]
     most = [c.judge.money(c.hold.tokens_in, c.hold.tokens_out) for c in todo]
     known = [cost for cost in costs if cost is not None]

@@ -47,7 +47,7 @@ def agreement(ratings: Mapping[str, Sequence[float | None]]) -> Agreement:
     if len({len(values) for values in ratings.values()}) > 1:
         raise InputError(f"every rater needs one rating to an answer, got {[len(values) for values in ratings.values()]}")
     rows = np.array([[np.nan if v is None else v for v in values] for values in ratings.values()], dtype=float)
-    rows = rows.reshape(len(ratings), -1)
+    rows = rows.reshape(len(ratings), len(next(iter(ratings.values()), ())))
     shared = (~np.isnan(rows)).sum(axis=0) >= 2
     raters, n = tuple(ratings), int(shared.sum())
     if not n:
