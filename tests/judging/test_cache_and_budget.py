@@ -89,6 +89,16 @@ def test_an_interruption_loses_the_calls_in_flight_alone(
         assert len(endpoint.requests) == 11
 
 
+def test_a_first_line_that_was_torn_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    Cache(path).add(entry("a"))
+    line = path.read_bytes()
+    for length in (0, 1, 5, 10, 50, len(line) - 1):
+        path.write_bytes(line[:length])
+        assert len(Cache(path)) == 0
+        assert path.read_bytes() == b""
+
+
 @pytest.mark.parametrize("damage", [b"half", b'{"key": "x"', b'{"key": "x"}\n', b"\xff\n", b"\n"])
 def test_a_damaged_last_line_is_dropped(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "verdicts.jsonl"
@@ -139,10 +149,11 @@ def test_damage_elsewhere_is_an_error(old: str, new: str, says: str, tmp_path: P
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\nof many days\n")
-    with pytest.raises(JudgeError, match="notes.txt:1 is no verdict"):
-        Cache(path)
-    assert path.read_text() == "my notes\nof many days\n"
+    for notes in ("my notes\nof many days\n", "my notes\nof many days", "my notes\n", "my notes", "{}"):
+        path.write_text(notes)
+        with pytest.raises(JudgeError, match="notes.txt:1 is no verdict"):
+            Cache(path)
+        assert path.read_text() == notes
     with pytest.raises(JudgeError, match="cannot be opened"):
         Cache(tmp_path)
 

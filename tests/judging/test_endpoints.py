@@ -81,7 +81,7 @@ PASSING = {
 @pytest.mark.parametrize("name", PASSING)
 def test_what_fails_once_is_asked_again(name: str, trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:
     with serving(failing_first(PASSING[name], 1)) as endpoint:
-        scorer = JudgeScorer(trait, judge_at(endpoint.url, timeout=1.0 if name == "hanging" else 5.0, concurrency=10))
+        scorer = JudgeScorer(trait, judge_at(endpoint.url, timeout=1.5 if name == "hanging" else 5.0, concurrency=10))
         assert numbers(scorer.scores(scenarios[:5], ANSWERS[:5])) == EXPECTED[:5]
     assert len(endpoint.requests) == 20
     assert (scorer.spent.calls, scorer.spent.failed) == (20, 10)
@@ -96,7 +96,7 @@ LASTING = {
     "a closed connection": "endpoint failed",
     "cut off": r"no JSON object with a 'score'.*cut off at 500 tokens",
     "refused": "said nothing; the endpoint refused or filtered it",
-    "hanging": r"did not answer within 0\.2 s \(2 calls\)",
+    "hanging": r"did not answer within 1 s \(2 calls\)",
 }
 
 
@@ -111,9 +111,10 @@ def test_what_fails_always_is_unscored_with_the_reason(
 
     began = time.monotonic()
     with serving(behave) as endpoint:
-        scorer = JudgeScorer(trait, judge_at(endpoint.url, attempts=2, timeout=0.2 if name == "hanging" else 5.0))
+        timeout = 1.0 if name == "hanging" else 5.0
+        scorer = JudgeScorer(trait, judge_at(endpoint.url, attempts=2, timeout=timeout, concurrency=10))
         scores = scorer.scores(scenarios[:5], ANSWERS[:5])
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20, "two calls of a second, and a busy machine"
     assert numbers(scores) == [*EXPECTED[:2], (None, 21.0), *EXPECTED[3:5]]
 
     assert re.search(f"trait unscored: .*{LASTING[name]}", scores[2].note), scores[2].note
@@ -164,6 +165,22 @@ def test_an_endpoint_without_schemas_is_asked_without(trait: Trait, scenarios: l
         assert len(endpoint.requests) == 7, "one refusal is enough"
         asked_again = JudgeScorer(trait, judge_at(endpoint.url, structured=False)).scores(scenarios[:3], ANSWERS[:3])
         assert numbers(asked_again) == EXPECTED[:3]
+
+
+def test_what_an_endpoint_refuses_for_its_content_is_unscored(trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:
+    """One that works may refuse many answers in a row without being taken to be down; one that refuses all is wrong."""
+
+    def behave(request: Request) -> Reply:
+        return well(request) if "trait=0" in request.user else Reply("too long", status=400)
+
+    with serving(behave) as endpoint:
+        scorer = JudgeScorer(trait, judge_at(endpoint.url, concurrency=1, give_up=3))
+        scores = scorer.scores(scenarios[:6], ANSWERS[:6])
+    assert numbers(scores) == [EXPECTED[0]] + [(None, None)] * 5
+    assert "status 400: Error code: 400 - too long" in scores[3].note
+    down = pytest.raises(JudgeError, match="taken to be down, after 3 failures in a row.*no temperature")
+    with serving(lambda request: Reply("no temperature", status=400)) as endpoint, down:
+        JudgeScorer(trait, judge_at(endpoint.url, concurrency=1, give_up=3)).scores(scenarios[:6], ANSWERS[:6])
 
 
 def test_no_more_calls_at_once_than_allowed(trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:

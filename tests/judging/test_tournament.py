@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_planted_strengths_are_found(trait: Trait, judge_at: Make) -> None:
     assert found.first_shown is not None
     assert not found.biased
     assert 40 < found.first_shown.mean < 60
+
+
+def test_two_arms_have_the_odds_that_were_counted(trait: Trait, judge_at: Make) -> None:
+    """Bradley-Terry of two arms has a closed form; one tie is given beforehand."""
+    wins = [i < 7 for i in range(10)]
+    a, b = ([f"trait={90 if win == better else 10}" for win in wins] for better in (True, False))
+    with serving(well) as endpoint:
+        found = tournament(trait, many(10), {"a": a, "b": b}, judge_at(endpoint.url), resamples=50)
+    best, other = found.ratings
+    assert (best.arm, best.wins, best.losses) == ("a", 7, 3)
+    assert best.rating - other.rating == pytest.approx(400 * math.log10(7.5 / 3.5), abs=1e-3)
 
 
 def test_it_is_the_same_twice_and_does_not_depend_on_who_is_named_first(trait: Trait, judge_at: Make, tmp_path: Path) -> None:

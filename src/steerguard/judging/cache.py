@@ -29,6 +29,7 @@ except ImportError:  # Windows: one process to a file there
 
 MAX_BYTES = 2**30
 _CHUNK = 2**16
+_BEGINS = b'{"check":"'
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ class Cache:
         self._kept: dict[str, Entry] = {}
         if self.path is not None:
             with self._locked(self.path) as descriptor:
-                _mend(descriptor)
                 self._read(self.path, descriptor)
 
     def __len__(self) -> int:
@@ -116,17 +116,22 @@ class Cache:
             os.close(descriptor)  # gives the lock back
 
     def _read(self, path: Path, descriptor: int) -> None:
-        """Every line of the file; a last one that cannot be read is cut off."""
+        """Every line of the file; a last one that cannot be read is cut off, if the file is a cache at all."""
         size = os.fstat(descriptor).st_size
         if size > MAX_BYTES:
             raise JudgeError(f"the cache {path} is larger than {MAX_BYTES / 2**30:g} GiB; begin another")
-        lines = _pread(descriptor, size, 0).split(b"\n")[:-1]
+        data = _pread(descriptor, size, 0)
+        lines = data.removesuffix(b"\n").split(b"\n") if data else []
         for number, line in enumerate(lines, 1):
             try:
                 entry = _entry(line)
+                if number == len(lines) and not data.endswith(b"\n"):
+                    raise Malformed("it was not written to its end")
             except Malformed as error:
-                if number == len(lines):
-                    os.ftruncate(descriptor, size - len(line) - 1)
+                # somebody else's file, named by mistake, is not cut
+                ours = number > 1 or line.startswith(_BEGINS) or _BEGINS.startswith(line)
+                if number == len(lines) and ours:
+                    os.ftruncate(descriptor, size - len(line) - data.endswith(b"\n"))
                     return
                 raise JudgeError(
                     f"{path}:{number} is no verdict of a cache: {error}; take the line out, or begin another cache"

@@ -31,6 +31,7 @@ INSTALL = 'pip install "steerguard[judge]"'
 _SECRET = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _ENOUGH_FOR_A_SECRET = 8
 """Characters; what is shorter is a placeholder such as `none`, and would be cut out of ordinary words."""
+_REFUSED = (400, 413, 422)
 _LOGGING = ("inspect_ai", "openai", "httpx", "httpx2", "httpcore", "httpcore2", "anthropic")
 _FRAMING = 64
 """Tokens that a chat template may put around two messages."""
@@ -83,7 +84,7 @@ class Endpoint:
 
     def __init__(self, judge: JudgeConfig, model: Any, hidden: Sequence[str], sleep: Sleep) -> None:
         self.judge, self._model, self._hidden, self._sleep = judge, model, hidden, sleep
-        self._structured, self._in_a_row, self._not_before = judge.structured, 0, 0.0
+        self._structured, self._in_a_row, self._not_before, self._works = judge.structured, 0, 0.0, False
         self.down = ""
         "why it is taken to be down"
 
@@ -101,17 +102,17 @@ class Endpoint:
                 if failure is None:
                     raise  # no endpoint's doing
         if output is not None:
-            self._in_a_row = 0
+            self._in_a_row, self._works = 0, True
             return self._reply(output)
         failure = failure or Failure(f"the judge did not answer within {self.judge.timeout:g} s", usage=None)
-        if self.judge.structured and failure.status in (400, 422):
+        if self.judge.structured and failure.status in _REFUSED:
             self._structured = not structured  # it may not know schemas; if that was not why, they are used again
             if structured:
                 return Failure(failure.why, after=0.0)
         if failure.limited:
             wait = self.judge.wait if failure.after is None else failure.after
             self._not_before = max(self._not_before, anyio.current_time() + min(wait, self.judge.longest_wait))
-        else:
+        elif failure.status not in _REFUSED or not self._works:  # one that works refuses what it is sent, such as its length
             self._count(failure)
         return failure
 
