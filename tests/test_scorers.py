@@ -190,11 +190,11 @@ def test_scores_stay_within_bounds() -> None:
         assert 0 <= score.coherence <= 100
 
 
-def test_a_judge_is_not_there_yet() -> None:
+def test_a_trait_for_judges_says_how_to_give_one() -> None:
     scenario = Scenario("a", "b", "c", "d", ("e",))
     poles = PoleText("a", "b"), PoleText("c", "d")
     mine = Trait("mine", "Mine", *poles, "Is it?", "judge", (scenario,), (), ())
-    with pytest.raises(InputError, match="'mine' is scored by a judge, and judges come with a later version"):
+    with pytest.raises(InputError, match=r"'mine' is scored by a judge.*JudgeScorer.*--judge MODEL@BASE_URL"):
         scorer_for(mine)
     exact: Scorer = scorer_for(Trait("mine", "Mine", *poles, "Is it?", "exact", (), (), (), Grammar.of(GRAMMAR)))
     assert exact.score(RIVER, TRUE) == Score(100, 100)

@@ -12,6 +12,8 @@
     │   ├── FitFileError      the same of a file of fitted probes
     │   ├── RecipeError       a recipe, or one setting of it
     │   ├── GuardMismatch     a sound guard, made for another model
+    │   ├── JudgeError        a judge, its endpoint or its cache that cannot be used
+    │   │   └── SpendLimitReached   judging would cost more than was allowed; what was judged is kept
     │   └── OutputExists      a file that would be overwritten
     └── SteeringError         steering was asked for and cannot be shown to act
         ├── NotSteering       a hook did not fire, or moved the residual by something else than the rule says
@@ -75,6 +77,14 @@ class GuardMismatch(InputError):
         super().__init__(message)
         self.differs = differs
         """""What differs, by name. All but width and depth may be waived, by name, with `allow_mismatch=`."""""
+
+
+class JudgeError(InputError):
+    """A judge that cannot be asked: its settings, key, endpoint or cache. What was judged is kept."""
+
+
+class SpendLimitReached(JudgeError):
+    """The next call might cost more than was allowed. What was judged is kept."""
 
 
 class OutputExists(InputError):

@@ -173,12 +173,11 @@ def scorer_for(trait: Trait) -> Scorer:
     """The scorer that a trait asks for.
 
     Raises:
-        InputError: it asks for a judge, which this version does not have.
+        InputError: it asks for a judge; which judge is for the caller to say.
     """
     if trait.grammar is None:
         raise InputError(
-            f"the trait {trait.name!r} is scored by a judge, and judges come with a later version of steerguard; "
-            "pass a scorer of your own (any object with `score(scenario, answer)`), or fit without a sweep and choose "
-            "the layer and strength by reading answers"
+            f"the trait {trait.name!r} is scored by a judge, and none was given; pass `scorer=JudgeScorer(trait, judge)` "
+            "(see `steerguard.judging`), or `--judge MODEL@BASE_URL` on the command line, or a scorer of your own"
         )
     return ExactScorer(trait.grammar)
