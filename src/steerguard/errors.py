@@ -10,6 +10,7 @@
     │   │   └── WeakProbe     there are answers, but no direction that reads held-out ones
     │   ├── GuardFileError    a damaged, foreign or hostile guard file
     │   ├── FitFileError      the same of a file of fitted probes
+    │   ├── ResultError       the same of a file of a sweep's figures
     │   ├── GuardMismatch     a sound guard, made for another model
     │   └── OutputExists      a file that would be overwritten
     └── SteeringError         steering was asked for and cannot be shown to act
@@ -61,6 +62,10 @@ class GuardFileError(InputError):
 
 class FitFileError(InputError):
     """A file of fitted probes that is not there, damaged, or of another format."""
+
+
+class ResultError(InputError):
+    """A file of a sweep's figures that is not there, damaged, or of another format."""
 
 
 class GuardMismatch(InputError):

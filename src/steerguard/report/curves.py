@@ -1,0 +1,283 @@
+"""The pictures of the grid: trait against layer, trait against coherence, and the map of layers and strengths.
+
+What this module knows: which of a result's figures stand where. How a line is drawn is `svg`'s affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from steerguard.report import svg, wording
+from steerguard.report.svg import Frame, Scale
+from steerguard.sweep_result import Point, SweepResult
+
+WIDE, NARROW = 860, 358
+"""Widths of the two drawings of a picture: a page's, and a phone's."""
+MAP_WIDTH = 430
+"""Width of one map; two stand side by side on a wide page."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a rule is told apart: by colour and by shape."""
+
+    index: int
+
+    @property
+    def colour(self) -> str:
+        "class in the style sheet"
+        return f"k{self.index % 6}"
+
+    @property
+    def shape(self) -> str:
+        return svg.SHAPES[self.index % len(svg.SHAPES)]
+
+    @property
+    def key(self) -> Markup:
+        """The mark by itself, for a legend."""
+        drawn = svg.mark(self.shape, 8, 8, size=4.5, class_=f"dot {self.colour}")
+        return svg.element("svg", drawn, viewBox="0 0 16 16", class_="key", aria_hidden="true")
+
+
+def looks(result: SweepResult) -> dict[str, Look]:
+    """Every rule's look, in the order in which they were asked for."""
+    names = dict.fromkeys([*result.settings.rules, *(point.rule for point in result.select.points)])
+    return {name: Look(i) for i, name in enumerate(names)}
+
+
+# ------------------------------------------------------------------------------------------------ trait against layer
+
+
+def best_by_layer(points: Iterable[Point]) -> list[Point]:
+    """Of each layer its best point, in the order of the layers: the highest trait of the eligible, else of all.
+
+    Points on several layers and points without a score are left out.
+    """
+    best: dict[int, Point] = {}
+    for point in points:
+        if len(point.layers) == 1 and point.figures.trait is not None:
+            held = best.get(point.layers[0])
+            if held is None or _rank(point) > _rank(held):
+                best[point.layers[0]] = point
+    return [best[layer] for layer in sorted(best)]
+
+
+def _rank(point: Point) -> tuple[bool, float]:
+    return point.eligible, -math.inf if point.figures.trait is None else point.figures.trait
+
+
+def layer_curves(result: SweepResult, positions: str, width: int) -> Markup:
+    """Trait above coherence on one axis of layers, a line per rule, the baselines across."""
+    layers = sorted({layer for point in result.select.points for layer in point.layers})
+    left, right, inset = 40.0, width - 12.0, 12.0
+    x = Scale(layers[0], layers[-1], left + inset, right - inset)
+    trait = Frame(Scale(0, 1, left, right), Scale(0, 100, 268, 28))
+    coherence = Frame(Scale(0, 1, left, right), Scale(0, 100, 426, 322))
+    ticks = [tick for tick in x.ticks(width // 60) if tick == int(tick)]
+    parts = [
+        svg.axis_left(trait, [0, 25, 50, 75, 100], label="trait, 0 to 100"),
+        svg.axis_left(coherence, [0, 50, 100], label="coherence, 0 to 100"),
+        svg.axis_bottom(Frame(x, coherence.y), ticks, label="layer"),
+        _levels(trait, [("aligned", result.select.aligned.trait), ("malicious", result.select.malicious.trait)]),
+        _levels(coherence, [("bar", result.coherence_bar)]),
+    ]
+    chosen = {choice.point for choice in result.select.chosen.values()}
+    ringed = [result.select.points[i] for i in sorted(chosen)]
+    for name, look in looks(result).items():
+        own = best_by_layer(p for p in result.select.points if p.rule == name and p.positions == positions)
+        parts.append(_curve(own, x, trait.y, look, "trait", result.select.n))
+        parts.append(_curve(own, x, coherence.y, look, "coherence", result.select.n))
+        for point in ringed:
+            if point.rule == name and point.positions == positions and len(point.layers) == 1:
+                parts.append(_chosen(point, x, trait.y, look, result.select.n))
+    label = f"Trait and coherence by layer, {positions} positions: each rule's best strength at each layer"
+    return svg.picture(width, 470, label, *parts)
+
+
+def _curve(points: Sequence[Point], x: Scale, y: Scale, look: Look, which: str, asked: int) -> Markup:
+    """One rule's line, broken where a layer has no score, and a mark for each layer."""
+    spots = [(point, getattr(point.figures, which)) for point in points]
+    known = [(point, x(point.layers[0]), y(value)) for point, value in spots if value is not None]
+    parts = [svg.polyline([(px, py) for _, px, py in known], class_=f"curve {look.colour}")]
+    size = 3.6 if len(points) < 50 else 2.6
+    parts += [
+        svg.mark(look.shape, px, py, size=size, class_=_dot(point, look), about=wording.about(point, asked))
+        for point, px, py in known
+    ]
+    return svg.group(*parts)
+
+
+def _chosen(point: Point, x: Scale, y: Scale, look: Look, asked: int) -> Markup:
+    """The mark of a chosen point with its ring; drawn again, since its layer's best may be another strength."""
+    if point.figures.trait is None:
+        return Markup("")
+    px, py = x(point.layers[0]), y(point.figures.trait)
+    return svg.group(
+        svg.mark(look.shape, px, py, size=4.2, class_=_dot(point, look), about=wording.about(point, asked)),
+        svg.ring(px, py, class_=f"ring {look.colour}"),
+    )
+
+
+def _dot(point: Point, look: Look) -> str:
+    return f"dot {look.colour}" + ("" if point.eligible else " hollow")
+
+
+def _levels(frame: Frame, levels: Sequence[tuple[str, float | None]]) -> Markup:
+    """Values as lines across, named at the right end."""
+    parts = []
+    for name, value in levels:
+        if value is not None:
+            y = frame.y(value)
+            below = y < frame.y.end + 14
+            parts.append(frame.across(value, class_=f"level {name}"))
+            parts.append(
+                svg.text(frame.x.end, y + (14 if below else -5), f"{name} {wording.number(value)}", anchor="end", class_="level-name")
+            )
+    return svg.group(*parts)
+
+
+# -------------------------------------------------------------------------------------------- trait against coherence
+
+
+def front(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other betters in both trait and coherence, from the lowest coherence up."""
+    known = [
+        (point.figures.coherence, point.figures.trait, i)
+        for i, point in enumerate(points)
+        if point.figures.coherence is not None and point.figures.trait is not None
+    ]
+    out: list[int] = []
+    top = -math.inf
+    for _, trait, i in sorted(known, key=lambda one: (-one[0], -one[1])):
+        if trait > top:
+            top = trait
+            out.append(i)
+    return out[::-1]
+
+
+def pareto_frame(result: SweepResult, width: int) -> Frame:
+    """Where a coherence and a trait stand in `pareto`."""
+    figures = [result.select.aligned, result.select.malicious, *(point.figures for point in result.select.points)]
+    lowest = min((f.coherence for f in figures if f.coherence is not None), default=0.0)
+    low = max(0.0, min(10 * math.floor((lowest - 2) / 10), 80.0))
+    return Frame(Scale(low, 100, 46, width - 18), Scale(0, 100, 372, 28))
+
+
+def pareto(result: SweepResult, width: int) -> Markup:
+    """Every setting by coherence and trait; the front, the bar, the baselines, and what was chosen."""
+    frame, points = pareto_frame(result, width), result.select.points
+    kinds, drawn = looks(result), []
+    best = set(front(points))
+    for i, point in enumerate(points):
+        trait, coherence = point.figures.trait, point.figures.coherence
+        if trait is not None and coherence is not None:
+            look = kinds[point.rule]
+            class_ = _dot(point, look) + ("" if i in best else " faint")
+            px, py = frame.at(coherence, trait)
+            size = 4.4 if len(points) < 400 else 3.0
+            drawn.append(svg.mark(look.shape, px, py, size=size, class_=class_, about=wording.about(point, result.select.n)))
+    steps = [frame.at(points[i].figures.coherence or 0.0, points[i].figures.trait or 0.0) for i in front(points)]
+    parts = [
+        svg.axis_left(frame, [0, 25, 50, 75, 100], label="trait, 0 to 100"),
+        svg.axis_bottom(frame, frame.x.ticks(5 if width < 500 else 10), label="coherence, 0 to 100"),
+        _bar(frame, result.coherence_bar),
+        svg.polyline(_stairs(steps), class_="front"),
+        *drawn,
+        _baselines(frame, result),
+    ]
+    for rule, choice in result.select.chosen.items():
+        figures = points[choice.point].figures
+        if figures.trait is not None and figures.coherence is not None:
+            px, py = frame.at(figures.coherence, figures.trait)
+            parts.append(svg.ring(px, py, class_=f"ring {kinds[rule].colour}"))
+            if rule == result.select.best:
+                parts.append(svg.ring(px, py, size=13, class_=f"ring {kinds[rule].colour}"))
+    return svg.picture(width, 414, "Trait against coherence of every setting, with the bar, the front and the choice", *parts)
+
+
+def _bar(frame: Frame, bar: float | None) -> Markup:
+    """The lowest coherence that is eligible; what lies below it is shaded."""
+    if bar is None or not frame.x.low <= bar <= frame.x.high:
+        return Markup("")
+    px = frame.x(bar)
+    crowded = px - frame.x.start < 80
+    return svg.group(
+        svg.rect(frame.x.start, frame.y.end, px - frame.x.start, frame.y.start - frame.y.end, class_="shut"),
+        frame.upright(bar, class_="level bar"),
+        svg.text(px + (5 if crowded else -5), frame.y.start - 8, f"bar {wording.number(bar)}", anchor="start" if crowded else "end", class_="level-name"),
+    )
+
+
+def _stairs(points: Sequence[svg.Point]) -> list[svg.Point]:
+    """The front as steps: what is reached at a coherence is reached below it too."""
+    out: list[svg.Point] = []
+    for i, (x, y) in enumerate(points):
+        if i:
+            out.append((points[i - 1][0], y))
+        out.append((x, y))
+    return out
+
+
+def _baselines(frame: Frame, result: SweepResult) -> Markup:
+    parts = []
+    for name, figures in (("aligned", result.select.aligned), ("malicious", result.select.malicious)):
+        if figures.trait is not None and figures.coherence is not None:
+            px, py = frame.at(figures.coherence, figures.trait)
+            about = f"{name}: trait {wording.number(figures.trait)}, coherence {wording.number(figures.coherence)}, n {figures.n}"
+            parts.append(svg.mark("cross", px, py, size=6, class_="baseline", about=about))
+            parts.append(svg.text(px - 10, py + (16 if py < frame.y.end + 20 else -8), name, anchor="end", class_="level-name"))
+    return svg.group(*parts)
+
+
+# ------------------------------------------------------------------------------------------------ layers and strengths
+
+
+def heat_map(result: SweepResult, name: str, positions: str) -> Markup:
+    """One rule's trait by layer and strength: dark to light, hatched where not eligible, empty where not looked."""
+    own = [p for p in result.select.points if p.rule == name and p.positions == positions and len(p.layers) == 1]
+    layers = sorted({layer for p in result.select.points for layer in p.layers if len(p.layers) == 1})
+    strengths: list[float | None] = [*sorted({p.strength for p in own if p.strength is not None})]
+    strengths += [None] if any(p.strength is None for p in own) else []
+    left, right, top, row = 40.0, MAP_WIDTH - 6.0, 8.0, 24.0
+    width = (right - left) / max(1, len(layers))
+    bottom = top + row * len(strengths)
+    column = {layer: left + width * i for i, layer in enumerate(layers)}
+    height = {strength: bottom - row * (i + 1) for i, strength in enumerate(strengths)}
+    chosen = result.select.chosen.get(name)
+    parts, shut, marked = [svg.rect(left, top, right - left, bottom - top, class_="ground")], [], []
+    gap = 1.0 if width > 8 else 0.0
+    for point in own:
+        x, y = column[point.layers[0]], height[point.strength]
+        parts.append(_cell(point, (x, y, width - gap, row - 1), result.select.n))
+        if not point.eligible and point.figures.trait is not None:
+            shut.append((x, y, width - gap, row - 1))
+        if chosen is not None and result.select.points[chosen.point] is point:
+            marked += [svg.rect(x - 1, y - 1, width - gap + 2, row + 1, class_=kind) for kind in ("chosen-halo", "chosen")]
+    parts += [svg.hatch(shut), *marked]
+    parts += [svg.text(left - 6, y + row / 2 + 4, wording.strength(s), anchor="end", class_="tick") for s, y in height.items()]
+    every = max(1, math.ceil(26 / width))
+    parts += [
+        svg.text(column[layer] + width / 2, bottom + 16, str(layer), anchor="middle", class_="tick") for layer in layers[::every]
+    ]
+    parts.append(svg.text((left + right) / 2, bottom + 33, "layer", anchor="middle", class_="axis"))
+    return svg.picture(MAP_WIDTH, bottom + 40, f"Trait of {name} by layer and strength, {positions} positions", *parts)
+
+
+def _cell(point: Point, box: tuple[float, float, float, float], asked: int) -> Markup:
+    """One setting; its number stands in it where there is room."""
+    x, y, width, height = box
+    trait, about = point.figures.trait, wording.about(point, asked)
+    if trait is None:
+        return svg.group(
+            svg.rect(x, y, width, height, class_="unscored", about=about),
+            svg.text(x + width / 2, y + height / 2 + 4, "?", anchor="middle", class_="tick"),
+        )
+    drawn = svg.rect(x, y, width, height, fill=svg.ramp(trait / 100), about=about)
+    if width < 24:
+        return drawn
+    shade = "on-dark" if trait < 58 else "on-light"
+    return svg.group(drawn, svg.text(x + width / 2, y + height / 2 + 4, f"{trait:.0f}", anchor="middle", class_=f"value {shade}"))
