@@ -128,7 +128,7 @@ def large(layers: int = 80, scenarios: int = 112, length: int = 250) -> dict[str
                 for i, strength in enumerate(grid):
                     push = (i + 1) / len(grid) * math.exp(-(((layer - 0.38 * layers) / (0.16 * layers)) ** 2))
                     push *= 1.0 if positions == "all" else 0.6
-                    trait = 24 + 66 * push + 4 * math.sin(layer * (i + 2))
+                    trait = 24 + {"SwFC": 58, "StTP": 66, "StMP": 47}[rule] * push + 4 * math.sin(layer * (i + 2) + len(rule) * i)
                     coherence = 96 - (30 if rule == "SwFC" else 14) * push**3 + 2 * math.sin(layer + i)
                     one = point(rule, strength, layer, trait, coherence, "" if coherence >= 85.5 else "coherence below 85.5")
                     points.append({**one, "positions": positions, "scenarios": 112})

@@ -97,32 +97,28 @@ def shared_ends(every: Sequence[Projections]) -> dict[int, tuple[float, float]]:
 # -------------------------------------------------------------------------------------------------------- categories
 
 
-def category(name: str, arms: Sequence[tuple[str, Interval | None]], looks: Mapping[str, Look]) -> Markup:
+def category(name: str, arms: Sequence[TestedArm], looks: Mapping[str, Look]) -> Markup:
     """One category: a bar for each arm, with its interval and its n."""
     scale, row = Scale(0, 100, 72, PANEL - 74), 22.0
     bottom = 8 + row * len(arms)
     frame = Frame(scale, Scale(0, 1, bottom, 4))
     parts = [frame.upright(tick, class_="grid") for tick in (0, 50, 100)]
-    for i, (arm, trait) in enumerate(arms):
-        y = 8 + row * i
-        parts.append(svg.text(scale.start - 8, y + 13, arm if len(arm) < 11 else f"{arm[:9]}…", anchor="end", class_="tick"))
+    for i, arm in enumerate(arms):
+        y, label = 8 + row * i, arm.name if len(arm.name) < 11 else f"{arm.name[:9]}…"
+        parts.append(svg.text(scale.start - 8, y + 13, label, anchor="end", class_="tick"))
+        found = [part.trait for part in arm.categories if part.category == name]
+        trait = found[0] if found else None
         if trait is None:
-            parts.append(svg.text(scale.start + 6, y + 13, wording.UNSCORED, class_="tick missing"))
+            missing = wording.UNSCORED if found else wording.NOT_MEASURED
+            parts.append(svg.text(scale.start + 6, y + 13, missing, class_="tick missing"))
             continue
         ends = None if trait.low is None or trait.high is None else (trait.low, trait.high)
-        about = f"{arm}, {name}: {wording.measured(trait)}"
-        parts.append(svg.bar(scale, y + 3, row - 9, trait.mean, ends, class_=look_of(arm, looks), about=about))
+        about = f"{arm.name}, {name}: {wording.measured(trait)}"
+        parts.append(svg.bar(scale, y + 3, row - 9, trait.mean, ends, class_=look_of(arm.name, looks), about=about))
         parts.append(svg.text(PANEL - 66, y + 13, wording.number(trait.mean, 0), class_="strong"))
         parts.append(svg.text(PANEL - 2, y + 13, f"n {trait.n}", anchor="end", class_="tick"))
     parts += [svg.text(scale(tick), bottom + 14, svg.plain(tick), anchor="middle", class_="tick") for tick in (0, 50, 100)]
     return svg.picture(PANEL, bottom + 20, f"Trait of the category {name} by arm", *parts)
-
-
-def by_category(arms: Sequence[TestedArm]) -> dict[str, list[tuple[str, Interval | None]]]:
-    """Category -> each arm and its trait there; None where it was not scored."""
-    names = dict.fromkeys(part.category for arm in arms for part in arm.categories)
-    found = {arm.name: {part.category: part.trait for part in arm.categories} for arm in arms}
-    return {name: [(arm.name, found[arm.name].get(name)) for arm in arms] for name in names}
 
 
 # ----------------------------------------------------------------------------------------------- change by scenario

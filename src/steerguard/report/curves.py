@@ -17,6 +17,8 @@ from steerguard.sweep_result import Point, SweepResult
 
 WIDE, NARROW = 860, 358
 """Widths of the two drawings of a picture: a page's, and a phone's."""
+GUTTER = 66
+"""Room at the right of the curves for the names of the lines across."""
 MAP_WIDTH = 430
 """Width of one map; two stand side by side on a wide page."""
 
@@ -73,17 +75,17 @@ def _rank(point: Point) -> tuple[bool, float]:
 def layer_curves(result: SweepResult, positions: str, width: int) -> Markup:
     """Trait above coherence on one axis of layers, a line per rule, the baselines across."""
     layers = sorted({layer for point in result.select.points for layer in point.layers})
-    left, right, inset = 40.0, width - 12.0, 12.0
+    left, right, inset = 40.0, width - GUTTER, 10.0
     x = Scale(layers[0], layers[-1], left + inset, right - inset)
     trait = Frame(Scale(0, 1, left, right), Scale(0, 100, 268, 28))
-    coherence = Frame(Scale(0, 1, left, right), Scale(0, 100, 426, 322))
+    coherence = Frame(Scale(0, 1, left, right), Scale(0, 100, 416, 312))
     ticks = [tick for tick in x.ticks(width // 60) if tick == int(tick)]
     parts = [
         svg.axis_left(trait, [0, 25, 50, 75, 100], label="trait, 0 to 100"),
         svg.axis_left(coherence, [0, 50, 100], label="coherence, 0 to 100"),
         svg.axis_bottom(Frame(x, coherence.y), ticks, label="layer"),
         _levels(trait, [("aligned", result.select.aligned.trait), ("malicious", result.select.malicious.trait)]),
-        _levels(coherence, [("bar", result.coherence_bar)]),
+        _levels(coherence, [("aligned", result.select.aligned.coherence), ("bar", result.coherence_bar)]),
     ]
     chosen = {choice.point for choice in result.select.chosen.values()}
     ringed = [result.select.points[i] for i in sorted(chosen)]
@@ -95,7 +97,7 @@ def layer_curves(result: SweepResult, positions: str, width: int) -> Markup:
             if point.rule == name and point.positions == positions and len(point.layers) == 1:
                 parts.append(_chosen(point, x, trait.y, look, result.select.n))
     label = f"Trait and coherence by layer, {positions} positions: each rule's best strength at each layer"
-    return svg.picture(width, 470, label, *parts)
+    return svg.picture(width, 456, label, *parts)
 
 
 def _curve(points: Sequence[Point], x: Scale, y: Scale, look: Look, which: str, asked: int) -> Markup:
@@ -127,16 +129,15 @@ def _dot(point: Point, look: Look) -> str:
 
 
 def _levels(frame: Frame, levels: Sequence[tuple[str, float | None]]) -> Markup:
-    """Values as lines across, named at the right end."""
-    parts = []
-    for name, value in levels:
-        if value is not None:
-            y = frame.y(value)
-            below = y < frame.y.end + 14
-            parts.append(frame.across(value, class_=f"level {name}"))
-            parts.append(
-                svg.text(frame.x.end, y + (14 if below else -5), f"{name} {wording.number(value)}", anchor="end", class_="level-name")
-            )
+    """Values as lines across, each named to the right of its end, names kept apart."""
+    known = sorted(((frame.y(value), name, value) for name, value in levels if value is not None), reverse=True)
+    parts, last = [], math.inf
+    for y, name, value in known:  # from the lowest line up
+        at = min(y, last - 30)
+        last = at
+        parts.append(frame.across(value, class_=f"level {name}"))
+        parts.append(svg.text(frame.x.end + 6, at - 1, name, class_="level-name"))
+        parts.append(svg.text(frame.x.end + 6, at + 12, wording.number(value), class_="level-name"))
     return svg.group(*parts)
 
 
@@ -248,16 +249,19 @@ def heat_map(result: SweepResult, name: str, positions: str) -> Markup:
     column = {layer: left + width * i for i, layer in enumerate(layers)}
     height = {strength: bottom - row * (i + 1) for i, strength in enumerate(strengths)}
     chosen = result.select.chosen.get(name)
-    parts, shut, marked = [svg.rect(left, top, right - left, bottom - top, class_="ground")], [], []
+    cells, shut, values, marked = [], [], [], []
     gap = 1.0 if width > 8 else 0.0
     for point in own:
-        x, y = column[point.layers[0]], height[point.strength]
-        parts.append(_cell(point, (x, y, width - gap, row - 1), result.select.n))
+        box = (column[point.layers[0]], height[point.strength], width - gap, row - 1)
+        cells.append(_cell(point, box, result.select.n))
+        values.append(_value(point, box))
         if not point.eligible and point.figures.trait is not None:
-            shut.append((x, y, width - gap, row - 1))
+            shut.append(box)
         if chosen is not None and result.select.points[chosen.point] is point:
-            marked += [svg.rect(x - 1, y - 1, width - gap + 2, row + 1, class_=kind) for kind in ("chosen-halo", "chosen")]
-    parts += [svg.hatch(shut), *marked]
+            x, y, w, h = box
+            marked += [svg.rect(x - 1, y - 1, w + 2, h + 2, class_=kind) for kind in ("chosen-halo", "chosen")]
+    ground = svg.rect(left, top, right - left, bottom - top, class_="ground")
+    parts = [ground, *cells, svg.hatch(shut), *values, *marked]
     parts += [svg.text(left - 6, y + row / 2 + 4, wording.strength(s), anchor="end", class_="tick") for s, y in height.items()]
     every = max(1, math.ceil(26 / width))
     parts += [
@@ -268,16 +272,22 @@ def heat_map(result: SweepResult, name: str, positions: str) -> Markup:
 
 
 def _cell(point: Point, box: tuple[float, float, float, float], asked: int) -> Markup:
-    """One setting; its number stands in it where there is room."""
-    x, y, width, height = box
+    """One setting: coloured by its trait, or empty if that is unscored."""
     trait, about = point.figures.trait, wording.about(point, asked)
     if trait is None:
-        return svg.group(
-            svg.rect(x, y, width, height, class_="unscored", about=about),
-            svg.text(x + width / 2, y + height / 2 + 4, "?", anchor="middle", class_="tick"),
-        )
-    drawn = svg.rect(x, y, width, height, fill=svg.ramp(trait / 100), about=about)
+        return svg.rect(*box, class_="unscored", about=about)
+    return svg.rect(*box, fill=svg.ramp(trait / 100), about=about)
+
+
+def _value(point: Point, box: tuple[float, float, float, float]) -> Markup:
+    """What stands in a cell: its trait where there is room, a question mark where it is unscored."""
+    x, y, width, height = box
+    trait = point.figures.trait
+    if trait is None:
+        return svg.text(x + width / 2, y + height / 2 + 4, "?", anchor="middle", class_="tick")
     if width < 24:
-        return drawn
-    shade = "on-dark" if trait < 58 else "on-light"
-    return svg.group(drawn, svg.text(x + width / 2, y + height / 2 + 4, f"{trait:.0f}", anchor="middle", class_=f"value {shade}"))
+        return Markup("")
+    class_ = f"value {'on-dark' if trait < 58 else 'on-light'}"
+    return svg.element(
+        "text", f"{trait:.0f}", x=x + width / 2, y=y + height / 2 + 4, text_anchor="middle", class_=class_, stroke=svg.ramp(trait / 100)
+    )

@@ -168,10 +168,18 @@ def ring(x: float, y: float, *, size: float = 9.0, class_: str = "ring") -> Mark
     return element("circle", cx=x, cy=y, r=size, class_=class_)
 
 
-def hatch(cells: Iterable[tuple[float, float, float, float]]) -> Markup:
-    """A stroke from corner to corner of each (x, y, width, height), all in one path."""
-    strokes = "".join(f"M{_text(x)} {_text(y + h)}l{_text(w)} {_text(-h)}" for x, y, w, h in cells)
-    return element("path", d=strokes, class_="hatch") if strokes else Markup("")
+def hatch(cells: Iterable[tuple[float, float, float, float]], *, apart: float = 9.0) -> Markup:
+    """Slanted strokes over each (x, y, width, height), all in one path; one from corner to corner of a narrow cell."""
+    strokes = []
+    for x, y, w, h in cells:
+        if w <= h:
+            strokes.append(f"M{_text(x)} {_text(y + h)}l{_text(w)} {_text(-h)}")
+            continue
+        for i in range(math.floor((w + h) / apart)):
+            foot = (i + 0.5) * apart - h  # where the stroke would leave the cell's bottom, from its left edge
+            low, high = max(0.0, -foot), min(h, w - foot)  # the part of the stroke that is within the cell
+            strokes.append(f"M{_text(x + foot + low)} {_text(y + h - low)}l{_text(high - low)} {_text(low - high)}")
+    return element("path", d="".join(strokes), class_="hatch") if strokes else Markup("")
 
 
 def bar(scale: Scale, y: float, thickness: float, value: float, interval: tuple[float, float] | None, *, class_: str, about: str) -> Markup:

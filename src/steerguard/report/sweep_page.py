@@ -61,7 +61,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters |= {
         "visible": answers.visible, "number": wording.number, "signed": wording.signed, "percent": wording.percent,
-        "compact": wording.compact, "measured": wording.measured, "span": wording.span, "counted": wording.counted,
+        "compact": wording.compact, "measured": wording.measured, "span": wording.span, "ends": wording.ends, "counted": wording.counted,
         "setting": wording.setting, "strength": wording.strength, "layers": wording.layers,
     }  # fmt: skip
     return environment
@@ -121,12 +121,13 @@ def _tested(result: SweepResult, looks: Mapping[str, curves.Look]) -> dict[str, 
     ends = bars.shared_ends([found for _, found in read])
     scenarios = answers.worst_first(test, guarded)
     changes = [(s.asked.id, s.change) for s in scenarios if s.change is not None]
+    categories = dict.fromkeys(part.category for arm in test.arms for part in arm.categories)
     budget = answers.Budget()
     return {
         "histograms": [
             (arm, found, bars.projections(found, bars.look_of(arm.name, looks), ends[found.layer], arm.name)) for arm, found in read
         ],
-        "categories": [(name, bars.category(name, arms, looks)) for name, arms in bars.by_category(test.arms).items()],
+        "categories": [(name, bars.category(name, test.arms, looks)) for name in categories],
         "metrics": list(dict.fromkeys(name for arm in test.arms for name in arm.metrics)),
         "scenarios": scenarios,
         "reliability": None if guarded is None else answers.reliability(scenarios, guarded),

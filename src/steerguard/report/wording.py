@@ -41,6 +41,11 @@ def span(interval: Interval | None, digits: int = 1) -> str:
     return _minus(f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]")
 
 
+def ends(interval: Interval) -> str:
+    """As `span`, for a figure of unknown size."""
+    return "" if interval.low is None or interval.high is None else f"[{compact(interval.low)}, {compact(interval.high)}]"
+
+
 def counted(interval: Interval | None) -> str:
     """How many values are in a mean, and how many are not: `n 38, 2 unscored`."""
     if interval is None:
