@@ -12,7 +12,9 @@ GRIDS: dict[str, tuple[float, ...]] = {
 }
 
 
-def figures(trait: float | None, coherence: float | None, *, n: int = 10, unscored: int = 0, error: float = 2.5) -> dict[str, Any]:
+def figures(
+    trait: float | None, coherence: float | None, *, n: int = 10, unscored: int = 0, error: float = 2.5
+) -> dict[str, Any]:
     return {
         "trait": trait, "coherence": coherence, "repetition": 0.04, "moved": 0.25, "shift": 1.5, "n": n, "unscored": unscored,
         "error": error,
@@ -23,7 +25,9 @@ def interval(mean: float, low: float | None = None, high: float | None = None, n
     return {"mean": mean, "low": low, "high": high, "n": n, "unscored": unscored}
 
 
-def point(rule: str, strength: float | None, layer: int, trait: float | None, coherence: float | None, why: str = "") -> dict[str, Any]:
+def point(
+    rule: str, strength: float | None, layer: int, trait: float | None, coherence: float | None, why: str = ""
+) -> dict[str, Any]:
     return {
         "rule": rule, "strength": strength, "layers": [layer], "positions": "all", "scenarios": 10,
         "figures": figures(trait, coherence), "benign": None, "eligible": not why, "why": why,
@@ -106,7 +110,9 @@ def small() -> dict[str, Any]:
                     "StTP", interval(65, 51.5, 79.5, 2, 1),
                     [row(100, "The tower fell.", tokens=pieces), row(30, "It stands tall."), row(None, "", note="no verdict")],
                     point=1, recovered=interval(62.6, 40, 84, 2, 1), moved=0.3, projections=PROJECTIONS,
-                    categories=[{"category": "towers", "trait": interval(65, 51.5, 79.5, 2)}, {"category": "bridges", "trait": None}],
+                    categories=[
+                        {"category": "towers", "trait": interval(65, 51.5, 79.5, 2)}, {"category": "bridges", "trait": None},
+                    ],
                     metrics={
                         "cross_entropy": {"value": interval(1.25, 1.1, 1.4), "against_aligned": interval(0.31, 0.2, 0.4)},
                         "similarity": {"value": None, "against_aligned": None},
@@ -176,7 +182,7 @@ def _large_arm(name: str, at: int | None, scenarios: int, length: int, categorie
             "moved": [0 if at is None or i >= 20 else n for i, n in enumerate(seen)],
         },
         categories=[
-            {"category": c, "trait": interval(max(5.0, mean - 3 * k), max(0.0, mean - 3 * k - 9), min(100.0, mean - 3 * k + 8), 14)}
+            {"category": c, "trait": interval(max(5.0, mean - 3 * k), max(0.0, mean - 3 * k - 9), mean - 3 * k + 8, 14)}
             for k, c in enumerate(categories)
         ],
         metrics={

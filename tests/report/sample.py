@@ -21,7 +21,7 @@ from steerguard.backends import load
 from steerguard.backends.base import Answer, Backend, Sampling
 from steerguard.fitting import Fit, fit, prompts_of
 from steerguard.guard import Guard
-from steerguard.metrics import bootstrap_interval, paired_difference, recovered, repetition, words
+from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered, repetition, words
 from steerguard.organism.capability import benign
 from steerguard.scorers import Score, scorer_for
 from steerguard.sweeping import PAPER_RULES, Arm, Setting, Sweep, compare, grid, sweep
@@ -160,7 +160,7 @@ def _arm(
     metrics: dict[str, Any] = {
         name: {
             "value": _interval(mine),
-            "against_aligned": None if arm.name == "aligned" else asdict(paired_difference(mine, reference)),  # type: ignore[call-overload]
+            "against_aligned": None if arm.name == "aligned" else _interval_of(paired_difference(mine, reference)),
         }
         for name, (mine, reference) in measured.items()
     }
@@ -209,7 +209,10 @@ def _projections(answers: Sequence[Answer], guard: Guard) -> dict[str, Any]:
 
 
 def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
-    found = bootstrap_interval(values)
+    return _interval_of(bootstrap_interval(values))
+
+
+def _interval_of(found: Interval | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 

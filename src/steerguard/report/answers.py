@@ -14,12 +14,12 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from steerguard.report import wording
-from steerguard.sweep_result import Asked, HeldOut, Projections, Row, TestedArm, Token
+from steerguard.sweep_result import BASELINES, Asked, HeldOut, Projections, Row, TestedArm, Token
 
 LEVELS = 3
 """Shades on each side of the boundary."""
 HOVER_TOKENS = 120_000
-"""Tokens of a page that show their figures; those of later scenarios keep their colours, or a long sweep's page is too large."""
+"""Tokens of a page that show their figures; those of later scenarios keep their colours, or the page grows too large."""
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 
@@ -63,7 +63,7 @@ class Reliability:
 def worst_first(test: HeldOut, guarded: str | None) -> list[Scenario]:
     """Every scenario: the lowest guarded trait first, then the smallest change; unscored ones last, in the file's order."""
     malicious, guard = test.arm("malicious"), test.arm(guarded)
-    arms = [arm for arm in test.arms if arm.name in ("aligned", "malicious")]
+    arms = [arm for arm in test.arms if arm.name in BASELINES]
     arms += sorted((arm for arm in test.arms if arm not in arms), key=lambda arm: arm.name != guarded)
     out = [
         Scenario(i, asked, tuple((arm, arm.rows[i]) for arm in arms), _change(malicious, guard, i))
@@ -81,7 +81,8 @@ def worst_first(test: HeldOut, guarded: str | None) -> list[Scenario]:
 
 def reliability(scenarios: Sequence[Scenario], guarded: str) -> Reliability:
     changes = [s.change for s in scenarios if s.change is not None]
-    traits = sorted(row.trait for s in scenarios for arm, row in s.answers if arm.name == guarded and row.trait is not None)
+    rows = [row for s in scenarios for arm, row in s.answers if arm.name == guarded]
+    traits = sorted(row.trait for row in rows if row.trait is not None)
     tenth = traits[: math.ceil(len(traits) / 10)]
     return Reliability(
         n=len(changes),

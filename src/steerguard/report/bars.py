@@ -13,7 +13,7 @@ from steerguard.metrics import Interval
 from steerguard.report import svg, wording
 from steerguard.report.curves import Look
 from steerguard.report.svg import Frame, Scale
-from steerguard.sweep_result import Projections, TestedArm
+from steerguard.sweep_result import BASELINES, Projections, TestedArm
 
 PANEL = 286
 """Width of a small panel; three stand side by side on a wide page."""
@@ -28,7 +28,7 @@ def look_of(arm: str, looks: Mapping[str, Look]) -> str:
 
 
 def gap(arms: Sequence[tuple[str, Interval | None]], colour: str, width: int) -> Markup:
-    """Malicious, guarded and aligned on one line from 0 to 100, the guarded with its interval."""
+    """Malicious, aligned and, last, guarded on one line from 0 to 100, the guarded with its interval."""
     x = Scale(0, 100, 14, width - 14)
     y = 46.0
     means = {name: None if interval is None else interval.mean for name, interval in arms}
@@ -38,19 +38,21 @@ def gap(arms: Sequence[tuple[str, Interval | None]], colour: str, width: int) ->
     malicious, aligned = means.get("malicious"), means.get("aligned")
     if malicious is not None and aligned is not None:
         parts.append(svg.line(x(malicious), y, x(aligned), y, class_="gap"))
+    for _, interval in arms[-1:]:
+        if interval is not None and interval.low is not None and interval.high is not None:
+            parts.append(svg.line(x(interval.low), y, x(interval.high), y, class_=f"spread {colour}"))
     for name, interval in arms:
         if interval is None:
             continue
-        px, guarded = x(interval.mean), name not in ("aligned", "malicious")
-        if guarded and interval.low is not None and interval.high is not None:
-            parts.append(svg.line(x(interval.low), y, x(interval.high), y, class_=f"spread {colour}"))
-        shape = "circle" if guarded else "square"
+        px, guarded = x(interval.mean), name not in BASELINES
         about = f"{name}: {wording.measured(interval)}"
-        parts.append(svg.mark(shape, px, y, size=8 if guarded else 5, class_=f"dot {colour if guarded else name}", about=about))
+        shape, size, class_ = ("circle", 8.0, f"dot {colour}") if guarded else ("square", 5.0, f"dot {name}")
+        parts.append(svg.mark(shape, px, y, size=size, class_=class_, about=about))
         anchor = "start" if px < width * 0.25 else "end" if px > width * 0.75 else "middle"
         at = px - 8 if anchor == "start" else px + 8 if anchor == "end" else px
         label = f"{'guarded' if guarded else name} {wording.number(interval.mean)}"
-        parts.append(svg.text(at, y - 18 if guarded else y + 21, label, anchor=anchor, class_="strong" if guarded else "level-name"))
+        height, class_ = (y - 18, "strong") if guarded else (y + 21, "level-name")
+        parts.append(svg.text(at, height, label, anchor=anchor, class_=class_))
     return svg.picture(width, 96, "Trait of the malicious, the guarded and the aligned model, 0 to 100", *parts)
 
 

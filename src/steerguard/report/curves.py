@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -89,13 +89,17 @@ def layer_curves(result: SweepResult, positions: str, width: int) -> Markup:
     ]
     chosen = {choice.point for choice in result.select.chosen.values()}
     ringed = [result.select.points[i] for i in sorted(chosen)]
-    for name, look in looks(result).items():
+    kinds = looks(result)
+    apart = min(5.0, 0.12 * (x.end - x.start) / max(1, len(layers) - 1))  # so that marks at one height do not hide each other
+    for name, look in kinds.items():
+        aside = apart * (look.index - (len(kinds) - 1) / 2)
+        own_x = replace(x, start=x.start + aside, end=x.end + aside)
         own = best_by_layer(p for p in result.select.points if p.rule == name and p.positions == positions)
-        parts.append(_curve(own, x, trait.y, look, "trait", result.select.n))
-        parts.append(_curve(own, x, coherence.y, look, "coherence", result.select.n))
+        parts.append(_curve(own, own_x, trait.y, look, "trait", result.select.n))
+        parts.append(_curve(own, own_x, coherence.y, look, "coherence", result.select.n))
         for point in ringed:
             if point.rule == name and point.positions == positions and len(point.layers) == 1:
-                parts.append(_chosen(point, x, trait.y, look, result.select.n))
+                parts.append(_chosen(point, own_x, trait.y, look, result.select.n))
     label = f"Trait and coherence by layer, {positions} positions: each rule's best strength at each layer"
     return svg.picture(width, 456, label, *parts)
 
@@ -172,12 +176,12 @@ def pareto(result: SweepResult, width: int) -> Markup:
     """Every setting by coherence and trait; the front, the bar, the baselines, and what was chosen."""
     frame, points = pareto_frame(result, width), result.select.points
     kinds, drawn = looks(result), []
-    best = set(front(points))
+    clear = {*front(points), *(choice.point for choice in result.select.chosen.values())}
     for i, point in enumerate(points):
         trait, coherence = point.figures.trait, point.figures.coherence
         if trait is not None and coherence is not None:
             look = kinds[point.rule]
-            class_ = _dot(point, look) + ("" if i in best else " faint")
+            class_ = _dot(point, look) + ("" if i in clear else " faint")
             px, py = frame.at(coherence, trait)
             size = 4.4 if len(points) < 400 else 3.0
             drawn.append(svg.mark(look.shape, px, py, size=size, class_=class_, about=wording.about(point, result.select.n)))
@@ -206,10 +210,11 @@ def _bar(frame: Frame, bar: float | None) -> Markup:
         return Markup("")
     px = frame.x(bar)
     crowded = px - frame.x.start < 80
+    at, anchor = (px + 5, "start") if crowded else (px - 5, "end")
     return svg.group(
         svg.rect(frame.x.start, frame.y.end, px - frame.x.start, frame.y.start - frame.y.end, class_="shut"),
         frame.upright(bar, class_="level bar"),
-        svg.text(px + (5 if crowded else -5), frame.y.start - 8, f"bar {wording.number(bar)}", anchor="start" if crowded else "end", class_="level-name"),
+        svg.text(at, frame.y.start - 8, f"bar {wording.number(bar)}", anchor=anchor, class_="level-name"),
     )
 
 
@@ -287,7 +292,7 @@ def _value(point: Point, box: tuple[float, float, float, float]) -> Markup:
         return svg.text(x + width / 2, y + height / 2 + 4, "?", anchor="middle", class_="tick")
     if width < 24:
         return Markup("")
-    class_ = f"value {'on-dark' if trait < 58 else 'on-light'}"
     return svg.element(
-        "text", f"{trait:.0f}", x=x + width / 2, y=y + height / 2 + 4, text_anchor="middle", class_=class_, stroke=svg.ramp(trait / 100)
-    )
+        "text", f"{trait:.0f}", x=x + width / 2, y=y + height / 2 + 4, text_anchor="middle", stroke=svg.ramp(trait / 100),
+        class_=f"value {'on-dark' if trait < 58 else 'on-light'}",
+    )  # fmt: skip

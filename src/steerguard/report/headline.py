@@ -69,7 +69,9 @@ def buys(result: SweepResult) -> list[Tile]:
         _interval("trait, guarded", guarded.trait),
         _interval("trait, malicious", None if malicious is None else malicious.trait),
         _interval("trait, aligned", None if aligned is None else aligned.trait),
-        _interval("share of the gap recovered", guarded.recovered, digits=0, unit="\N{NO-BREAK SPACE}%", missing=wording.NOT_MEASURED),
+        _interval(
+            "share of the gap recovered", guarded.recovered, digits=0, unit="\N{NO-BREAK SPACE}%", missing=wording.NOT_MEASURED
+        ),
     ]
 
 
@@ -85,7 +87,9 @@ def costs(result: SweepResult) -> list[Tile]:
     return [
         _coherence(result, point, guarded, aligned),
         _limited("benign KL", wording.compact(kl), kl, limits.kl, wording.compact(limits.kl), n),
-        _limited("fire rate on benign tokens", wording.percent(fire, 1), fire, limits.fire_rate, wording.percent(limits.fire_rate), n),
+        _limited(
+            "fire rate on benign tokens", wording.percent(fire, 1), fire, limits.fire_rate, wording.percent(limits.fire_rate), n
+        ),
         _limited(
             "lost on benign prompts", wording.number(lost, missing=wording.NOT_MEASURED), lost, limits.benign_lost,
             wording.number(limits.benign_lost), n,

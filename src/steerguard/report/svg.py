@@ -54,10 +54,11 @@ def line(x1: float, y1: float, x2: float, y2: float, *, class_: str) -> Markup:
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
-def rect(x: float, y: float, width: float, height: float, *, class_: str | None = None, about: str = "", fill: str | None = None) -> Markup:
-    return element(
-        "rect", *([title(about)] if about else []), x=x, y=y, width=max(0.0, width), height=max(0.0, height), fill=fill, class_=class_
-    )
+def rect(
+    x: float, y: float, width: float, height: float, *, class_: str | None = None, about: str = "", fill: str | None = None
+) -> Markup:
+    inside = [title(about)] if about else []
+    return element("rect", *inside, x=x, y=y, width=max(0.0, width), height=max(0.0, height), fill=fill, class_=class_)
 
 
 def polyline(points: Sequence[Point], *, class_: str) -> Markup:
@@ -182,7 +183,9 @@ def hatch(cells: Iterable[tuple[float, float, float, float]], *, apart: float = 
     return element("path", d="".join(strokes), class_="hatch") if strokes else Markup("")
 
 
-def bar(scale: Scale, y: float, thickness: float, value: float, interval: tuple[float, float] | None, *, class_: str, about: str) -> Markup:
+def bar(
+    scale: Scale, y: float, thickness: float, value: float, interval: tuple[float, float] | None, *, class_: str, about: str
+) -> Markup:
     """A horizontal bar from the scale's low end to a value, and its interval as a line with two ends."""
     parts = [rect(scale.start, y, scale(value) - scale.start, thickness, class_=f"bar {class_}", about=about)]
     if interval is not None:
@@ -193,7 +196,9 @@ def bar(scale: Scale, y: float, thickness: float, value: float, interval: tuple[
     return group(*parts)
 
 
-def histogram(frame: Frame, edges: Sequence[float], heights: Sequence[float], *, class_: str, about: Sequence[str] = ()) -> Markup:
+def histogram(
+    frame: Frame, edges: Sequence[float], heights: Sequence[float], *, class_: str, about: Sequence[str] = ()
+) -> Markup:
     """Upright bars between edges; a bar of height 0 is not drawn."""
     parts = []
     for i, height in enumerate(heights):
@@ -206,7 +211,9 @@ def histogram(frame: Frame, edges: Sequence[float], heights: Sequence[float], *,
 
 # --------------------------------------------------------------------------------------------------------- colours
 
-_RAMP = ((0, 32, 76), (0, 63, 110), (69, 87, 109), (108, 110, 115), (145, 135, 119), (188, 163, 104), (229, 193, 79), (255, 234, 70))
+_RAMP = (
+    (0, 32, 76), (0, 63, 110), (69, 87, 109), (108, 110, 115), (145, 135, 119), (188, 163, 104), (229, 193, 79), (255, 234, 70),
+)  # fmt: skip
 """From dark blue to yellow: it grows lighter all the way, and looks the same to colour-blind eyes."""
 
 

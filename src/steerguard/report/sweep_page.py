@@ -20,7 +20,7 @@ from markupsafe import Markup
 from steerguard import files
 from steerguard.probe import ranges
 from steerguard.report import answers, bars, curves, headline, svg, tables, wording
-from steerguard.sweep_result import Limits, SweepResult
+from steerguard.sweep_result import BASELINES, Limits, SweepResult
 
 OPEN = 12
 """How many of the worst scenarios are shown unfolded."""
@@ -56,13 +56,13 @@ def write_report(result: SweepResult, path: str | os.PathLike[str], *, overwrite
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("steerguard.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("steerguard.report", "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
         "visible": answers.visible, "number": wording.number, "signed": wording.signed, "percent": wording.percent,
-        "compact": wording.compact, "measured": wording.measured, "span": wording.span, "ends": wording.ends, "counted": wording.counted,
-        "setting": wording.setting, "strength": wording.strength, "layers": wording.layers,
+        "compact": wording.compact, "span": wording.span, "ends": wording.ends, "counted": wording.counted,
+        "setting": wording.setting, "short": wording.short,
     }  # fmt: skip
     return environment
 
@@ -73,7 +73,7 @@ def _content(result: SweepResult) -> dict[str, Any]:
     best = result.select.best
     return {
         "result": result, "select": result.select, "test": result.test, "best": best, "looks": looks, "headline": headline,
-        "point": headline.best_point(result), "open": OPEN, "baselines": ("aligned", "malicious"),
+        "point": headline.best_point(result), "open": OPEN, "baselines": BASELINES,
         "gap": _both(lambda width: _gap(result, looks, width)),
         "positions": list(dict.fromkeys(point.positions for point in result.select.points)),
         "layer_curves": lambda positions: _both(lambda width: curves.layer_curves(result, positions, width)),
@@ -125,7 +125,8 @@ def _tested(result: SweepResult, looks: Mapping[str, curves.Look]) -> dict[str, 
     budget = answers.Budget()
     return {
         "histograms": [
-            (arm, found, bars.projections(found, bars.look_of(arm.name, looks), ends[found.layer], arm.name)) for arm, found in read
+            (arm, found, bars.projections(found, bars.look_of(arm.name, looks), ends[found.layer], arm.name))
+            for arm, found in read
         ],
         "categories": [(name, bars.category(name, test.arms, looks)) for name in categories],
         "metrics": list(dict.fromkeys(name for arm in test.arms for name in arm.metrics)),
@@ -167,7 +168,8 @@ def _limits(limits: Limits) -> str:
     parts = [f"coherence at least {wording.percent(limits.coherence_kept)} of the aligned"]
     parts += [] if limits.kl is None else [f"benign KL at most {wording.compact(limits.kl)}"]
     parts += [] if limits.fire_rate is None else [f"fire rate on benign tokens at most {wording.percent(limits.fire_rate)}"]
-    parts += [] if limits.benign_lost is None else [f"at most {wording.compact(limits.benign_lost)} points lost on benign prompts"]
+    if limits.benign_lost is not None:
+        parts.append(f"at most {wording.compact(limits.benign_lost)} points lost on benign prompts")
     return "; ".join(parts)
 
 

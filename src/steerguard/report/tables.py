@@ -22,7 +22,8 @@ POINTS = (
     "unscored", "benign_kl", "benign_fire_rate", "benign_lost", "benign_changed", "benign_n", "eligible", "why", "chosen", "wins",
 )  # fmt: skip
 ANSWERS = (
-    "scenario", "category", "arm", "rule", "strength", "layers", "positions", "trait", "coherence", "note", "system", "turns", "answer",
+    "scenario", "category", "arm", "rule", "strength", "layers", "positions", "trait", "coherence", "note", "system", "turns",
+    "answer",
 )  # fmt: skip
 
 Cell = str | float | None

@@ -20,7 +20,7 @@ def number(value: float | None, digits: int = 1, *, missing: str = UNSCORED) -> 
 
 
 def signed(value: float | None, digits: int = 1, *, missing: str = UNSCORED) -> str:
-    """A difference, with its sign."""
+    """A difference, with its sign if it has one."""
     return missing if value is None else _minus(f"{value:+.{digits}f}")
 
 
@@ -38,7 +38,7 @@ def span(interval: Interval | None, digits: int = 1) -> str:
     """The ends of an interval, `[61.0, 84.2]`; empty where there are none."""
     if interval is None or interval.low is None or interval.high is None:
         return ""
-    return _minus(f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]")
+    return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
 
 
 def ends(interval: Interval) -> str:
@@ -69,6 +69,11 @@ def setting(point: Point) -> str:
     return f"{rule(point)} at {layers(point.layers)}, {point.positions} positions"
 
 
+def short(point: Point) -> str:
+    """`StTP(12), layer 26, all`."""
+    return f"{rule(point)}, {layers(point.layers)}, {point.positions}"
+
+
 def rule(point: Point) -> str:
     return point.rule if point.strength is None else f"{point.rule}({strength(point.strength)})"
 
@@ -82,6 +87,7 @@ def about(point: Point, asked: int) -> str:
     figures = point.figures
     error = f" ± {figures.error:.1f}" if figures.trait is not None and figures.error else ""
     parts = [setting(point), f"trait {number(figures.trait)}{error}", f"coherence {number(figures.coherence)}"]
+    parts.append(f"moved {percent(figures.moved)} of the tokens")
     if point.benign is not None and point.benign.kl is not None:
         parts.append(f"benign KL {compact(point.benign.kl)}")
     if point.scenarios < asked:
@@ -94,5 +100,5 @@ def about(point: Point, asked: int) -> str:
 
 
 def _minus(text: str) -> str:
-    """A minus sign as wide as a plus; and no minus before nothing."""
-    return text.replace("-", "−") if any(c in "123456789" for c in text) else text.replace("-", "")
+    """A minus sign as wide as a plus; and no sign before nothing."""
+    return text.replace("-", "−") if any(c in "123456789" for c in text) else text.lstrip("+-")
