@@ -49,7 +49,6 @@ _NULL = type(None)
 _NUMBER: Kind = (float, _NULL)
 
 
-
 def read(path: str | os.PathLike[str]) -> SweepResult:
     """The result in a file.
 

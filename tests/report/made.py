@@ -145,7 +145,10 @@ def large(layers: int = 80, scenarios: int = 112, length: int = 250) -> dict[str
     out["settings"] |= {"rules": list(GRIDS), "layers": list(range(layers)), "positions": ["all", "response"]}
     out["probes"] = [probe(layer) for layer in range(layers)]
     out["select"] |= {
-        "n": 112, "points": points, "best": "StTP", "refused": {},
+        "n": 112,
+        "points": points,
+        "best": "StTP",
+        "refused": {},
         "chosen": {rule: {"point": i, "wins": 0.4, "second": None} for rule, i in best.items()},
     }
     categories = ("finance", "medicine", "safety", "law", "science", "journalism", "hiring", "sales")

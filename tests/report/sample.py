@@ -150,9 +150,7 @@ def _arm(
     own = scores[arm.name]
     guard = guards.get(arm.name)
     categories = list(dict.fromkeys(s.category for s in test))
-    share = recovered(
-        malicious=_mean(scores["malicious"]), aligned=_mean(scores["aligned"]), steered=_mean(own)
-    )
+    share = recovered(malicious=_mean(scores["malicious"]), aligned=_mean(scores["aligned"]), steered=_mean(own))
     measured = {
         "repetition": [[repetition(x.text) for x in a.answers] for a in (arm, arms[0])],
         "words": [[float(len(words(x.text))) for x in a.answers] for a in (arm, arms[0])],

@@ -37,9 +37,7 @@ def group(*children: Markup, class_: str | None = None) -> Markup:
 
 def picture(width: float, height: float, label: str, *children: Markup, class_: str | None = None) -> Markup:
     """The whole picture; `label` says in words what it shows, for those who do not see it."""
-    return element(
-        "svg", *children, viewBox=f"0 0 {_text(width)} {_text(height)}", role="img", aria_label=label, class_=class_
-    )
+    return element("svg", *children, viewBox=f"0 0 {_text(width)} {_text(height)}", role="img", aria_label=label, class_=class_)
 
 
 def title(text: str) -> Markup:
