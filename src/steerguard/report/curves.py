@@ -19,7 +19,7 @@ WIDE, NARROW = 860, 358
 """Widths of the two drawings of a picture: a page's, and a phone's."""
 GUTTER = 66
 """Room at the right of the curves for the names of the lines across."""
-MAP_WIDTH = 430
+MAP_WIDTH = 400
 """Width of one map; two stand side by side on a wide page."""
 
 
@@ -78,25 +78,27 @@ def layer_curves(result: SweepResult, positions: str, width: int) -> Markup:
     left, right, inset = 40.0, width - GUTTER, 10.0
     x = Scale(layers[0], layers[-1], left + inset, right - inset)
     trait = Frame(Scale(0, 1, left, right), Scale(0, 100, 268, 28))
-    coherence = Frame(Scale(0, 1, left, right), Scale(0, 100, 416, 312))
+    kinds = looks(result)
+    best = {name: best_by_layer(p for p in result.select.points if p.rule == name and p.positions == positions) for name in kinds}
+    drawn = [point.figures.coherence for points in best.values() for point in points]
+    low = _floor([value for value in (*drawn, result.coherence_bar) if value is not None])
+    coherence = Frame(Scale(0, 1, left, right), Scale(low, 100, 416, 312))
     ticks = [tick for tick in x.ticks(width // 60) if tick == int(tick)]
     parts = [
         svg.axis_left(trait, [0, 25, 50, 75, 100], label="trait, 0 to 100"),
-        svg.axis_left(coherence, [0, 50, 100], label="coherence, 0 to 100"),
+        svg.axis_left(coherence, coherence.y.ticks(4), label=f"coherence, {svg.plain(low)} to 100"),
         svg.axis_bottom(Frame(x, coherence.y), ticks, label="layer"),
         _levels(trait, [("aligned", result.select.aligned.trait), ("malicious", result.select.malicious.trait)]),
         _levels(coherence, [("aligned", result.select.aligned.coherence), ("bar", result.coherence_bar)]),
     ]
     chosen = {choice.point for choice in result.select.chosen.values()}
     ringed = [result.select.points[i] for i in sorted(chosen)]
-    kinds = looks(result)
     apart = min(5.0, 0.12 * (x.end - x.start) / max(1, len(layers) - 1))  # so that marks at one height do not hide each other
     for name, look in kinds.items():
         aside = apart * (look.index - (len(kinds) - 1) / 2)
         own_x = replace(x, start=x.start + aside, end=x.end + aside)
-        own = best_by_layer(p for p in result.select.points if p.rule == name and p.positions == positions)
-        parts.append(_curve(own, own_x, trait.y, look, "trait", result.select.n))
-        parts.append(_curve(own, own_x, coherence.y, look, "coherence", result.select.n))
+        parts.append(_curve(best[name], own_x, trait.y, look, "trait", result.select.n))
+        parts.append(_curve(best[name], own_x, coherence.y, look, "coherence", result.select.n))
         for point in ringed:
             if point.rule == name and point.positions == positions and len(point.layers) == 1:
                 parts.append(_chosen(point, own_x, trait.y, look, result.select.n))
@@ -167,15 +169,21 @@ def front(points: Sequence[Point]) -> list[int]:
 def pareto_frame(result: SweepResult, width: int) -> Frame:
     """Where a coherence and a trait stand in `pareto`."""
     figures = [result.select.aligned, result.select.malicious, *(point.figures for point in result.select.points)]
-    lowest = min((f.coherence for f in figures if f.coherence is not None), default=0.0)
-    low = max(0.0, min(10 * math.floor((lowest - 2) / 10), 80.0))
+    low = _floor([f.coherence for f in figures if f.coherence is not None])
     return Frame(Scale(low, 100, 46, width - 18), Scale(0, 100, 372, 28))
+
+
+def _floor(coherences: Sequence[float]) -> float:
+    """Where an axis of coherence begins: a round number below all of them, 80 at the highest."""
+    return max(0.0, min(10.0 * math.floor((min(coherences, default=0.0) - 2) / 10), 80.0))
 
 
 def pareto(result: SweepResult, width: int) -> Markup:
     """Every setting by coherence and trait; the front, the bar, the baselines, and what was chosen."""
     frame, points = pareto_frame(result, width), result.select.points
-    kinds, drawn = looks(result), []
+    kinds = looks(result)
+    faint: list[Markup] = []
+    plain: list[Markup] = []
     clear = {*front(points), *(choice.point for choice in result.select.chosen.values())}
     for i, point in enumerate(points):
         trait, coherence = point.figures.trait, point.figures.coherence
@@ -184,14 +192,16 @@ def pareto(result: SweepResult, width: int) -> Markup:
             class_ = _dot(point, look) + ("" if i in clear else " faint")
             px, py = frame.at(coherence, trait)
             size = 4.4 if len(points) < 400 else 3.0
-            drawn.append(svg.mark(look.shape, px, py, size=size, class_=class_, about=wording.about(point, result.select.n)))
+            mark = svg.mark(look.shape, px, py, size=size, class_=class_, about=wording.about(point, result.select.n))
+            (plain if i in clear else faint).append(mark)
     steps = [frame.at(points[i].figures.coherence or 0.0, points[i].figures.trait or 0.0) for i in front(points)]
     parts = [
         svg.axis_left(frame, [0, 25, 50, 75, 100], label="trait, 0 to 100"),
-        svg.axis_bottom(frame, frame.x.ticks(5 if width < 500 else 10), label="coherence, 0 to 100"),
+        svg.axis_bottom(frame, frame.x.ticks(5 if width < 500 else 10), label=f"coherence, {svg.plain(frame.x.low)} to 100"),
         _bar(frame, result.coherence_bar),
+        *faint,
         svg.polyline(_stairs(steps), class_="front"),
-        *drawn,
+        *plain,
         _baselines(frame, result),
     ]
     for rule, choice in result.select.chosen.items():

@@ -49,7 +49,9 @@ def lead(result: SweepResult) -> str:
     if test is None:
         return "The test scenarios were not answered: every figure here is of the scenarios that the choice was made on."
     guarded, malicious, aligned = (test.arm(name) for name in (best, "malicious", "aligned"))
-    if guarded is None or guarded.trait is None:
+    if guarded is None:
+        return f"{best} did not answer the test scenarios: every figure of it here is of those that the choice was made on."
+    if guarded.trait is None:
         return f"The test answers under {best} are unscored, so nothing can be said of what the guard buys."
     ends = wording.span(guarded.trait)
     reached = f"On {len(test.scenarios)} held-out scenarios the guarded model reaches {wording.number(guarded.trait.mean)}"

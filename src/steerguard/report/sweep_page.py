@@ -95,7 +95,7 @@ def _both(draw: Callable[[int], Markup]) -> Markup:
 
 def _gap(result: SweepResult, looks: Mapping[str, curves.Look], width: int) -> Markup:
     best, test = result.select.best, result.test
-    if best is None or test is None:
+    if best is None or test is None or test.arm(best) is None:
         return Markup("")
     arms = [(name, arm.trait) for name in ("malicious", "aligned", best) if (arm := test.arm(name)) is not None]
     return bars.gap(arms, looks[best].colour, width) if any(trait for _, trait in arms) else Markup("")
@@ -131,6 +131,7 @@ def _tested(result: SweepResult, looks: Mapping[str, curves.Look]) -> dict[str, 
         "categories": [(name, bars.category(name, test.arms, looks)) for name in categories],
         "metrics": list(dict.fromkeys(name for arm in test.arms for name in arm.metrics)),
         "scenarios": scenarios,
+        "too_many_tokens": sum(len(row.tokens or ()) for arm, _ in read for row in arm.rows) > answers.HOVER_TOKENS,
         "reliability": None if guarded is None else answers.reliability(scenarios, guarded),
         "changes": _both(lambda width: bars.changes(changes, looks[best].colour if best else "", width)) if changes else "",
         "look_of": lambda name: bars.look_of(name, looks),
