@@ -69,9 +69,6 @@ class Tree(HTMLParser):
             self._open.pop()
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("tr", "p"):  # these, and table cells, may be left open in HTML
-            while self._open[-1].tag in ("td", "th"):
-                self._open.pop()
         assert self._open[-1].tag == tag, f"</{tag}> closes <{self._open[-1].tag}>"
         self._open.pop()
 
@@ -239,6 +236,17 @@ def test_the_maps_show_every_setting_and_which_may_not_be_chosen(root: Element) 
         assert float(outline.attributes["x"] or 0) == pytest.approx(float(guard.attributes["x"] or 0) - 1, abs=0.02)
         assert float(outline.attributes["y"] or 0) == pytest.approx(float(guard.attributes["y"] or 0) - 1, abs=0.02)
     assert "Strengths above 24 were left out." in root.section("maps").text
+
+
+def test_the_table_has_every_setting_in_order(root: Element) -> None:
+    rows = [[squeezed(cell.text) for cell in row.all("td")] for row in root.section("maps").all("details")[0].all("tr")[1:]]
+    assert [row[0] for row in rows] == [
+        "SwFC(1), layer 1, all", "SwFC(4), layer 2, all", "SwFC(5), layer 3, all", "StTP(6), layer 1, all",
+        "StTP(6), layer 2, all", "StTP(12), layer 2, all", "StTP(24), layer 2, all", "StTP(12), layer 3, all",
+    ]  # fmt: skip
+    assert rows[5] == ["StTP(12), layer 2, all", "80.0 ± 2.5", "92.0", "10", "25 %", "0.02", "31.0 %", "yes"]
+    assert rows[6][-1] == "coherence below 85.5"
+    assert rows[7][1:4] == ["unscored", "unscored", "0 + 10 unscored"]
 
 
 def test_a_setting_on_several_layers_is_in_the_scatter_and_said_to_be() -> None:

@@ -8,8 +8,9 @@ neither scripts run nor anything be fetched.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from markupsafe import Markup
 from steerguard import files
 from steerguard.probe import ranges
 from steerguard.report import answers, bars, curves, headline, svg, tables, wording
-from steerguard.sweep_result import BASELINES, Limits, SweepResult
+from steerguard.sweep_result import BASELINES, Limits, Point, SweepResult
 
 OPEN = 12
 """How many of the worst scenarios are shown unfolded."""
@@ -81,6 +82,7 @@ def _content(result: SweepResult) -> dict[str, Any]:
         "partly": headline.parts_answered(result.select.points, result.select.n),
         "several_layers": sum(len(point.layers) > 1 for point in result.select.points),
         "maps": _maps(result),
+        "in_order": _in_order(result.select.points, list(looks)),
         "ramp": [svg.ramp(i / 10) for i in range(11)],
         "record": _record(result),
         **_tested(result, looks),
@@ -109,6 +111,15 @@ def _maps(result: SweepResult) -> list[tuple[str, str, Markup]]:
         (rule, positions, curves.heat_map(result, rule, positions))
         for rule, positions in sorted(pairs, key=lambda pair: order.index(pair[0]))
     ]
+
+
+def _in_order(points: Sequence[Point], rules: Sequence[str]) -> list[Point]:
+    """By rule, positions, layers and strength, in whichever order they were tried."""
+
+    def place(point: Point) -> tuple[int, str, tuple[int, ...], float]:
+        return rules.index(point.rule), point.positions, point.layers, -math.inf if point.strength is None else point.strength
+
+    return sorted(points, key=place)
 
 
 def _tested(result: SweepResult, looks: Mapping[str, curves.Look]) -> dict[str, Any]:
@@ -146,6 +157,7 @@ def _record(result: SweepResult) -> list[tuple[str, str]]:
     versions = ", ".join(f"{key} {value if isinstance(value, str) else _json(value)}" for key, value in settings.versions.items())
     return [
         ("model", f"{model.name}: {model.architecture}, width {model.width}, depth {model.depth}"),
+        ("weights, SHA-256 of a few", ", ".join(f"{name} {digest[:12]}" for name, digest in model.weights.items())),
         ("tokenizer, SHA-256", model.tokenizer or "none"),
         ("chat template, SHA-256", model.chat_template or "none"),
         ("trait", f"{trait.name}: {trait.title}"),
