@@ -1,83 +1,17 @@
-"""The page: planted figures stand in their places, hostile text stays text, and what is missing is said to be."""
+"""The page: planted figures stand in their places, and what is missing is said to be."""
 
 from __future__ import annotations
 
-import html
-import json
-import re
-import time
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import made
 import pytest
+from elements import Element, Tree, about, squeezed, tree
 
-from steerguard.errors import InputError, OutputExists
 from steerguard.report import answers, curves, headline, wording
-from steerguard.report.sweep_page import OPEN, page, write_report
+from steerguard.report.sweep_page import OPEN, page
 from steerguard.sweep_result import SweepResult
 from steerguard.sweep_result_file import of
-
-VOID = {"meta", "link", "br"}
-
-
-@dataclass
-class Element:
-    tag: str
-    attributes: dict[str, str | None]
-    children: list[Element | str] = field(default_factory=list)
-
-    @property
-    def classes(self) -> set[str]:
-        return set((self.attributes.get("class") or "").split())
-
-    @property
-    def text(self) -> str:
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-    def all(self, tag: str = "", class_: str = "") -> list[Element]:
-        found = [self] if (not tag or self.tag == tag) and (not class_ or class_ in self.classes) else []
-        return found + [one for child in self.children if isinstance(child, Element) for one in child.all(tag, class_)]
-
-    def section(self, name: str) -> Element:
-        return next(one for one in self.all("section") if one.attributes.get("id") == name)
-
-
-class Tree(HTMLParser):
-    """A page as elements; every one must be closed, and in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.root = Element("", {})
-        self._open = [self.root]
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        one = Element(tag, dict(attrs))
-        self._open[-1].children.append(one)
-        if tag not in VOID:
-            self._open.append(one)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open[-1].tag == tag, f"</{tag}> closes <{self._open[-1].tag}>"
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self._open[-1].children.append(data)
-
-
-def tree(record: dict[str, Any]) -> Element:
-    return Tree(page(of(record))).root
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +22,6 @@ def result() -> SweepResult:
 @pytest.fixture(scope="module")
 def root(result: SweepResult) -> Element:
     return Tree(page(result)).root
-
-
-def squeezed(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
 
 
 # ------------------------------------------------------------------------------------------------------ the headline
@@ -163,10 +93,6 @@ def test_how_sure_the_choice_is(root: Element) -> None:
 
 def wide(figure: Element) -> Element:
     return figure.all("div", "wide")[0].all("svg")[0]
-
-
-def about(mark: Element) -> str:
-    return mark.all("title")[0].text
 
 
 def marks(picture: Element) -> dict[str, Element]:
@@ -409,111 +335,3 @@ def test_words() -> None:
     assert wording.number(None) == "unscored" and wording.compact(None) == wording.percent(None) == "not measured"
     assert (wording.number(-0.04), wording.signed(-0.4, 0), wording.signed(0.0), wording.signed(2)) == ("0.0", "0", "0.0", "+2.0")
     assert wording.compact(-0.00123) == "−0.00123"
-
-
-# ----------------------------------------------------------------------------------------------------- hostile texts
-
-HOSTILE = (
-    "</i></title></svg></style><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>"
-    "\"'`{{7*7}}{%raw%}&lt;b&gt;"
-)
-
-
-def poisoned(value: object, text: str, key: str = "") -> Any:
-    """A document with `text` after every text of it that may be anything."""
-    if isinstance(value, dict):
-        tail = text if key in ("metrics", "sampling", "versions") else ""
-        return {name + tail: poisoned(v, text, name) for name, v in value.items()}
-    if isinstance(value, list):
-        return [poisoned(one, text, key) for one in value]
-    return value + text if isinstance(value, str) else value
-
-
-def rules_poisoned(record: dict[str, Any], text: str) -> dict[str, Any]:
-    """The same, where names must agree with each other: rules keep theirs, and all of them have the text in it."""
-    found = poisoned(record, text)
-    for arm in found["test"]["arms"]:
-        if arm["name"].startswith(("aligned", "malicious")):
-            arm["name"] = arm["name"].removesuffix(text)
-    for part in (found["select"]["chosen"], found["select"]["refused"], found["guards"]):
-        for name in list(part):
-            part[name + text] = part.pop(name)
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
-
-
-def test_hostile_text_stays_text() -> None:
-    """The page of a hostile document has the elements of the harmless one's, and its texts as they are."""
-    harmless, hostile = (Tree(page(of(rules_poisoned(made.small(), text)))) for text in (" harmless", HOSTILE))
-    assert hostile.tags == harmless.tags
-    assert not {"script", "img", "iframe", "object", "form"} & set(hostile.tags)
-    for one in hostile.root.all():
-        assert not [name for name in one.attributes if name.startswith("on") or name == "src"]
-    for section in ("choice", "layers", "maps", "projections", "categories", "metrics", "answers", "record"):
-        assert HOSTILE in hostile.root.section(section).text, section
-    assert HOSTILE in hostile.root.all("title")[0].text
-    assert any(HOSTILE in about(one) for one in hostile.root.section("pareto").all("path", "dot") if one.all("title"))
-
-
-def test_control_characters_are_shown() -> None:
-    record = made.small()
-    record["test"]["arms"][0]["rows"][1]["text"] = "a\0b\x1b[31mc\r\nd"
-    said = [one.text for one in tree(record).section("answers").all("div", "said")]
-    assert "a␀b␛[31mc\nd" in said
-
-
-def test_the_page_asks_for_nothing() -> None:
-    """No address outside of text: not in an attribute, not in the style sheet."""
-    root = Tree(page(of(rules_poisoned(made.small(), HOSTILE)))).root
-    policy = [one.attributes["content"] for one in root.all("meta") if "http-equiv" in one.attributes]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"]
-    for one in root.all():
-        for name, value in one.attributes.items():
-            if name in ("href", "src", "srcset", "action", "data", "poster", "background", "xlink:href"):
-                assert value is not None and (value.startswith("#") or value == "data:,"), (one.tag, name, value)
-            if name not in ("aria-label",):
-                assert not re.search(r"https?://|url\(", value or ""), (one.tag, name, value)
-    css = root.all("style")[0].text
-    assert not re.search(r"url\(|@import|https?://", css)
-    assert {one.tag for one in root.all("link")} == {"link"} and len(root.all("link")) == 1
-    anchors = {one.attributes["href"] for one in root.all("a")}
-    assert anchors <= {f"#{one.attributes['id']}" for one in root.all() if "id" in one.attributes}
-
-
-# ----------------------------------------------------------------------------------------------------- files and size
-
-
-def test_a_report_is_three_files(tmp_path: Path, result: SweepResult) -> None:
-    paths = write_report(result, tmp_path / "honesty.html")
-    assert [path.name for path in paths] == ["honesty.html", "honesty-points.csv", "honesty-answers.csv"]
-    assert paths[0].read_text(encoding="utf-8") == page(result)
-    assert paths[1].read_bytes().count(b"\r\n") == 9
-    with pytest.raises(OutputExists):
-        write_report(result, tmp_path / "honesty.html")
-    write_report(result, tmp_path / "honesty.html", overwrite=True)
-    with pytest.raises(InputError, match="there is no folder"):
-        write_report(result, tmp_path / "none" / "honesty.html")
-
-
-def test_nothing_is_written_if_one_of_the_three_cannot_be(tmp_path: Path, result: SweepResult) -> None:
-    (tmp_path / "honesty-answers.csv").write_text("mine")
-    with pytest.raises(OutputExists, match="honesty-answers.csv"):
-        write_report(result, tmp_path / "honesty.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["honesty-answers.csv"]
-
-
-def test_the_same_result_gives_the_same_page(result: SweepResult) -> None:
-    assert page(result) == page(of(made.small()))
-
-
-@pytest.mark.slow
-def test_a_large_sweep_stays_small_and_quick() -> None:
-    """80 layers, 19 strengths, 2 positions; 112 scenarios, 5 arms, 250 tokens an answer."""
-    result = of(made.large())
-    assert len(result.select.points) == 80 * 19 * 2
-    start = time.process_time()
-    text = page(result)
-    seconds = time.process_time() - start
-    assert seconds < 10
-    assert len(text.encode()) < 15 * 2**20
-    assert text.count("<article") == 112 * 5
-    assert html.unescape(text).count("ρ ") > answers.HOVER_TOKENS - 250
