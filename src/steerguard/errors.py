@@ -11,6 +11,7 @@
     │   ├── GuardFileError    a damaged, foreign or hostile guard file
     │   ├── FitFileError      the same of a file of fitted probes
     │   ├── RecipeError       a recipe, or one setting of it
+    │   ├── ResultError       the same of a file of a sweep's figures
     │   ├── GuardMismatch     a sound guard, made for another model
     │   ├── JudgeError        a judge, its endpoint or its cache that cannot be used
     │   │   └── SpendLimitReached   judging would cost more than was allowed; what was judged is kept
@@ -68,6 +69,10 @@ class FitFileError(InputError):
 
 class RecipeError(InputError):
     """A recipe that cannot be read, or a setting in it that cannot be."""
+
+
+class ResultError(InputError):
+    """A file of a sweep's figures that is not there, damaged, or of another format."""
 
 
 class GuardMismatch(InputError):
