@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from steerguard.report.sweep_page import page
-from steerguard.sweep_result_file import of
+from steerguard.sweeping.result_file import of
 
 VOID = {"meta", "link", "br"}
 

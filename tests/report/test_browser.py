@@ -12,7 +12,7 @@ import made
 import pytest
 
 from steerguard.report.sweep_page import page
-from steerguard.sweep_result_file import of
+from steerguard.sweeping.result_file import of
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 QUIET = (

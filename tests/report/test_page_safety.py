@@ -16,7 +16,7 @@ from elements import Tree, about, tree
 from steerguard.errors import InputError, OutputExists
 from steerguard.report import answers
 from steerguard.report.sweep_page import page, write_report
-from steerguard.sweep_result_file import of
+from steerguard.sweeping.result_file import of
 
 # ----------------------------------------------------------------------------------------------------- hostile texts
 

@@ -10,8 +10,8 @@ from elements import Element, Tree, about, squeezed, tree
 
 from steerguard.report import answers, curves, headline, wording
 from steerguard.report.sweep_page import OPEN, page
-from steerguard.sweep_result import SweepResult
-from steerguard.sweep_result_file import of
+from steerguard.sweeping.result import SweepResult
+from steerguard.sweeping.result_file import of
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from steerguard.errors import InputError, ResultError
 from steerguard.files import Malformed
-from steerguard.sweep_result_file import of, read
+from steerguard.sweeping.result_file import of, read
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -9,7 +9,7 @@ import made
 import pytest
 
 from steerguard.report.tables import ANSWERS, POINTS, csv_answers, csv_points
-from steerguard.sweep_result_file import of
+from steerguard.sweeping.result_file import of
 
 
 def rows(text: str) -> list[dict[str, str]]:

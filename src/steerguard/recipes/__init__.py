@@ -28,7 +28,8 @@ from steerguard.fitting import Context, Fit
 from steerguard.guard import Positions
 from steerguard.probe import Direction
 from steerguard.rules import RULES, rule
-from steerguard.sweeping import PAPER_RULES, Limits, Search, Setting, grid
+from steerguard.sweeping import PAPER_RULES, Limits, Search, Setting
+from steerguard.sweeping import grid as settings_of
 
 BUNDLED = Path(__file__).parent
 MAX_BYTES = 2**20
@@ -81,8 +82,8 @@ class Grid(_Part):
     @classmethod
     def _known(cls, value: dict[str, list[float]]) -> dict[str, list[float]]:
         for name, strengths in value.items():
-            cls = RULES.get(name) or type(rule(name))  # which raises, naming what there is
-            if not strengths and not cls.grid:
+            own = (RULES.get(name) or type(rule(name))).grid  # which raises, naming what there is
+            if not strengths and not own:
                 raise ValueError(f"{name} has no strengths of its own; give some")
             for strength in strengths:
                 rule(name, strength)
@@ -103,7 +104,7 @@ class Grid(_Part):
     def settings(self, probes: Fit) -> list[Setting]:
         """The settings of this grid on fitted probes."""
         strengths = {name: own for name, own in self.rules.items() if own}
-        return grid(
+        return settings_of(
             probes, rules=list(self.rules), layers=self.groups(), positions=self.positions, strengths=strengths
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ class Searching(_Part):
 class Judging(_Part):
     """Who judges, for a trait that is scored by a judge; as `steerguard.judging.JudgeConfig` takes it, and the budget."""
 
-    judges: list[dict[str, Any]] = Field(default_factory=lambda: [{}])
+    judges: list[dict[str, Any]] = Field(default=[{}])
     "settings of each judge; {} is the paper's"
     repeats: int = Field(1, ge=1)
     max_calls: int | None = Field(None, ge=1)
@@ -288,11 +289,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in found:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        found[key] = loader.construct_object(value_node, deep=True)
     return found
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)  # type: ignore[no-untyped-call]
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

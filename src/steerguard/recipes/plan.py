@@ -89,7 +89,7 @@ def plan(recipe: Recipe, trait: Trait, depth: int, benign: Sequence[str], *, sco
     if scored_benign:
         steps.append(_texts(recipe, "benign prompts under what comes into question, at most", benign, coming))
     if recipe.test:
-        steps.append(_step(recipe, "the test scenarios: aligned, malicious and each rule", trait.test, 2 + rules, judged=not exact))
+        steps.append(_step(recipe, "test scenarios: aligned, malicious, each rule", trait.test, 2 + rules, judged=not exact))
     steps = [step for step in steps if step.answers]
     calls, tokens, money = _judged(recipe, steps, trait)
     speed = recipe.estimate.tokens_per_second
@@ -110,7 +110,8 @@ def _grid(recipe: Recipe, select: Sequence[Scenario], settings: int, rules: int,
     """The grid on `select`, or what a search goes over at most."""
     search = recipe.search
     tried = settings if search.stride == 1 else -(-settings // search.stride)
-    around = 0 if search.stride == 1 else min(settings - tried, 4 * (search.stride - 1) * settings // max(1, _layers(recipe, settings)))
+    reach = 4 * (search.stride - 1)  # layers on both sides of a rule's two best
+    around = min(settings - tried, reach * settings // max(1, _layers(recipe, settings)))
     screens = search.screen is not None and search.screen < len(select)
     asked = select[: search.screen] if screens else select
     steps = [_step(recipe, f"{tried} settings on {len(asked)} select scenarios", asked, tried, judged=judged)]

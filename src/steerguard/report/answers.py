@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from steerguard.report import wording
-from steerguard.sweep_result import BASELINES, Asked, HeldOut, Projections, Row, TestedArm, Token
+from steerguard.sweeping.result import BASELINES, Asked, HeldOut, Projections, Row, TestedArm, Token
 
 LEVELS = 3
 """Shades on each side of the boundary."""

@@ -13,7 +13,7 @@ from steerguard.metrics import Interval
 from steerguard.report import svg, wording
 from steerguard.report.curves import Look
 from steerguard.report.svg import Frame, Scale
-from steerguard.sweep_result import BASELINES, Projections, TestedArm
+from steerguard.sweeping.result import BASELINES, Projections, TestedArm
 
 PANEL = 286
 """Width of a small panel; three stand side by side on a wide page."""

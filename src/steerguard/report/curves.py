@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from steerguard.report import svg, wording
 from steerguard.report.svg import Frame, Scale
-from steerguard.sweep_result import Point, SweepResult
+from steerguard.sweeping.result import Point, SweepResult
 
 WIDE, NARROW = 860, 358
 """Widths of the two drawings of a picture: a page's, and a phone's."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from steerguard.metrics import Interval
 from steerguard.report import wording
-from steerguard.sweep_result import Point, SweepResult, TestedArm
+from steerguard.sweeping.result import Point, SweepResult, TestedArm
 
 Verdict = Literal["within", "over", "missing", ""]
 """Whether a figure keeps its limit; empty where there is none."""

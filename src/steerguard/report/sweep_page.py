@@ -21,7 +21,7 @@ from markupsafe import Markup
 from steerguard import files
 from steerguard.probe import ranges
 from steerguard.report import answers, bars, curves, headline, svg, tables, wording
-from steerguard.sweep_result import BASELINES, Limits, Point, SweepResult
+from steerguard.sweeping.result import BASELINES, Limits, Point, SweepResult
 
 OPEN = 12
 """How many of the worst scenarios are shown unfolded."""

@@ -10,7 +10,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from io import StringIO
 
-from steerguard.sweep_result import Point, SweepResult
+from steerguard.sweeping.result import Point, SweepResult
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """What a cell must not begin with."""

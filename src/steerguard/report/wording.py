@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steerguard.metrics import Interval
-from steerguard.sweep_result import Point
+from steerguard.sweeping.result import Point
 
 UNSCORED = "unscored"
 NOT_MEASURED = "not measured"

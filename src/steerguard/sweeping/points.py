@@ -6,7 +6,7 @@ It knows figures and how they are summed up. It knows neither how answers come n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,7 +119,7 @@ def grid(
     rules: Sequence[str] = PAPER_RULES,
     layers: Sequence[int | Sequence[int]] | None = None,
     positions: Sequence[Positions] = ("all",),
-    strengths: dict[str, Sequence[float]] | None = None,
+    strengths: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Setting]:
     """Every setting of the rules' strengths on every layer whose probe reads held-out answers.
 

@@ -1,7 +1,7 @@
 """What a sweep found: the grid, the choice, the report on `test`, and every setting that is needed to do it again.
 
 What this module knows: the nouns of a result. It refuses to know how the figures came about, how they are read from a
-file (`sweep_result_file`), and how they are shown (`report`).
+file (`result_file`), and how they are shown (`report`).
 
 None stands for what was not measured or could not be scored; nothing here turns it into a number.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 from steerguard.identity import ModelIdentity
 from steerguard.metrics import Interval
-from steerguard.sweeping import Figures
+from steerguard.sweeping.choice import Limits
+from steerguard.sweeping.points import Figures
 
 BASELINES = ("aligned", "malicious")
 """The arms that no guard acts on; every other arm has the name of its rule."""
@@ -39,20 +40,6 @@ class SweptTrait:
     sha256: str
     scorer: Mapping[str, Any]
     "the scorer's identity, as JSON values"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a setting must keep to be eligible; None where nothing was asked for."""
-
-    coherence_kept: float
-    "share of the aligned baseline's coherence"
-    kl: float | None
-    "nats per token on benign prompts"
-    fire_rate: float | None
-    "share of the tokens of benign prompts that the gate moves"
-    benign_lost: float | None
-    "points of 100 on benign prompts"
 
 
 @dataclass(frozen=True)

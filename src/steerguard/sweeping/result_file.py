@@ -17,7 +17,7 @@ from steerguard.errors import InputError, ResultError
 from steerguard.files import Kind, Malformed
 from steerguard.identity import read_identity
 from steerguard.metrics import Interval
-from steerguard.sweep_result import (
+from steerguard.sweeping.result import (
     BASELINES,
     Asked,
     BenignCost,
