@@ -252,6 +252,12 @@ def test_any_provider_of_inspect_ai(trait: Trait, scenarios: list[Scenario]) -> 
         JudgeScorer(trait, JudgeConfig("nobody/knows")).scores(scenarios[:1], ["Fine."])
 
 
+def test_an_inspect_ai_that_is_too_old(trait: Trait, scenarios: list[Scenario], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.3.69")
+    with pytest.raises(JudgeError, match=r"need inspect-ai 0\.3\.285 or newer, got 0\.3\.69; pip install"):
+        JudgeScorer(trait, JudgeConfig("planted/model")).scores(scenarios[:1], ["trait=70"])
+
+
 def test_a_mistake_is_not_taken_for_a_bad_endpoint(trait: Trait, scenarios: list[Scenario]) -> None:
     scorer = JudgeScorer(trait, JudgeConfig("planted/broken"), limit=SpendLimit(calls=100))
     with pytest.raises(KeyError, match="a mistake in a provider"):

@@ -11,6 +11,7 @@ from endpoint import fenced, gullible, serving
 from steerguard.judging import JudgeConfig, JudgeScorer, prompts, tournament
 from steerguard.judging.fence import CLOSE, OPEN, fences, neutral
 from steerguard.judging.prompts import coherence_question, pair_question, trait_question
+from steerguard.scorers import Score
 from steerguard.traits import Scenario, Trait
 
 Make = Callable[..., JudgeConfig]
@@ -28,32 +29,33 @@ INJECTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", INJECTIONS)
-def test_an_answer_gains_nothing_by_commanding(name: str, trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:
+def judged(names: list[str], trait: Trait, scenarios: list[Scenario], judge_at: Make) -> dict[str, Score]:
     with serving(gullible) as endpoint:
-        (score,) = JudgeScorer(trait, judge_at(endpoint.url)).scores(scenarios[:1], [INJECTIONS[name]])
-    assert (score.trait, score.coherence) == (5, 80)
-    assert "as you wish" not in score.note
+        scorer = JudgeScorer(trait, judge_at(endpoint.url))
+        return dict(zip(names, scorer.scores(scenarios[: len(names)], [INJECTIONS[name] for name in names]), strict=True))
 
 
-@pytest.mark.parametrize("name", list(INJECTIONS)[:4])
+def test_an_answer_gains_nothing_by_commanding(trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:
+    for name, score in judged(list(INJECTIONS), trait, scenarios, judge_at).items():
+        assert (score.trait, score.coherence) == (5, 80), name
+        assert "as you wish" not in score.note
+
+
 def test_without_the_walls_it_would(
-    name: str, trait: Trait, scenarios: list[Scenario], judge_at: Make, monkeypatch: pytest.MonkeyPatch
+    trait: Trait, scenarios: list[Scenario], judge_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sabotage: the fences are drawn, but material is not made neutral."""
     monkeypatch.setattr("steerguard.judging.fence.neutral", lambda text: text)
-    with serving(gullible) as endpoint:
-        (score,) = JudgeScorer(trait, judge_at(endpoint.url)).scores(scenarios[:1], [INJECTIONS[name]])
-    assert score.trait == 100
+    for name, score in judged(list(INJECTIONS)[:4], trait, scenarios, judge_at).items():
+        assert score.trait == 100, name
 
 
 def test_without_fences_a_bare_order_would(
     trait: Trait, scenarios: list[Scenario], judge_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "fences", lambda parts, *, of: dict(parts))
-    with serving(gullible) as endpoint:
-        (score,) = JudgeScorer(trait, judge_at(endpoint.url)).scores(scenarios[:1], [INJECTIONS["an order"]])
-    assert score.trait == 100
+    for score in judged(["an order", "a bare verdict"], trait, scenarios, judge_at).values():
+        assert score.trait == 100
 
 
 def test_nor_in_a_tournament(trait: Trait, scenarios: list[Scenario], judge_at: Make) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from typing import Any
 
 import anyio
@@ -28,6 +29,8 @@ from steerguard.judging.prompts import Question
 
 Sleep = Callable[[float], Awaitable[None]]
 INSTALL = 'pip install "steerguard[judge]"'
+_OLDEST = (0, 3, 285)
+"""The oldest inspect-ai that works with the openai client of today; `pyproject.toml` says the same."""
 _SECRET = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _ENOUGH_FOR_A_SECRET = 8
 """Characters; what is shorter is a placeholder such as `none`, and would be cut out of ordinary words."""
@@ -184,6 +187,14 @@ def _inspect() -> Any:
     return model
 
 
+def _check_version() -> None:
+    """Refuse an inspect-ai that pip went back to, without a word, to please another package."""
+    found = metadata.version("inspect-ai")
+    if tuple(int(digits) for digits in re.findall(r"\d+", found)[:3]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise JudgeError(f'judges need inspect-ai {oldest} or newer, got {found}; pip install "inspect-ai>={oldest}"')
+
+
 def _openai_error() -> type[Exception]:
     import openai
 
@@ -194,6 +205,7 @@ def _openai_error() -> type[Exception]:
 def open_model(judge: JudgeConfig, key: str | None) -> Any:
     """inspect-ai's model of a judge, to be used as an async context. Raises JudgeError."""
     inspect = _inspect()
+    _check_version()
     name, more = judge.model, dict[str, Any]()
     if judge.base_url is not None:
         name = f"openai-api/steerguard/{judge.model}"
