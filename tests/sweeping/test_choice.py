@@ -127,7 +127,7 @@ def test_a_rule_that_benign_prompts_alone_refuse_says_so() -> None:
 
 def test_the_limits_in_words() -> None:
     assert str(Limits()) == (
-        "coherence >= 0.9 of the aligned baseline's; KL <= 0.1 on benign prompts; fire rate <= 0.5 there (rules with a gate); "
+        "coherence >= 0.9 of the aligned baseline's; KL <= 0.1 on benign prompts; fire rate <= 0.25 there (rules with a gate); "
         "at most 1 points lost there"
     )
     assert str(Limits(kl=None, fire_rate=None, benign_lost=None)) == "coherence >= 0.9 of the aligned baseline's"

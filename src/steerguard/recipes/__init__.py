@@ -76,7 +76,7 @@ class Grid(_Part):
     "rule -> strengths; [] are the rule's own"
     layers: Literal["all"] | list[int | str | list[int]] = "all"
     'such as [10, "20-30", [26, 27]]: a layer, a stretch of layers, several that are steered together'
-    positions: list[Positions] = Field(default_factory=lambda: ["all", "response"])
+    positions: list[Positions] = Field(default=["all", "response"])
 
     @field_validator("rules")
     @classmethod
