@@ -71,7 +71,7 @@ def small() -> dict[str, Any]:
         point("StTP", 12, 3, None, None, "none of its answers could be scored"),
         point("StTP", 6, 2, 72, 94),  # 7: second best
     ]
-    points[1]["benign"] = {"kl": 0.02, "fire_rate": 0.31, "lost": 0.5, "changed": 0.1, "n": 50}
+    points[1]["benign"] = {"gated": True, "kl": 0.02, "fire_rate": 0.31, "lost": 0.5, "changed": 0.1, "n": 50}
     points[6]["figures"] = figures(None, None, unscored=10, error=0.0)
     pieces = [["The ", -1.0, 3.5], ["tower", 0.5, 0.0], [" fell.", 2.0, 0.0]]
     return {

@@ -8,7 +8,7 @@ from typing import Literal
 
 from steerguard.metrics import Interval
 from steerguard.report import wording
-from steerguard.sweeping.result import Point, SweepResult, TestedArm
+from steerguard.sweeping.result import Limits, Point, SweepResult, TestedArm
 
 Verdict = Literal["within", "over", "missing", ""]
 """Whether a figure keeps its limit; empty where there is none."""
@@ -86,11 +86,12 @@ def costs(result: SweepResult) -> list[Tile]:
     guarded, aligned = (result.test.arm(name) if result.test else None for name in (best, "aligned"))
     n = "" if benign is None else f"{benign.n} benign prompts"
     kl, fire, lost = (None, None, None) if benign is None else (benign.kl, benign.fire_rate, benign.lost)
+    fires_at_most = None if benign is None else fire_limit(point, limits)
     return [
         _coherence(result, point, guarded, aligned),
         _limited("benign KL", wording.compact(kl), kl, limits.kl, wording.compact(limits.kl), n),
         _limited(
-            "fire rate on benign tokens", wording.percent(fire, 1), fire, limits.fire_rate, wording.percent(limits.fire_rate), n
+            "fire rate on benign tokens", wording.percent(fire, 1), fire, fires_at_most, wording.percent(fires_at_most), n
         ),
         _limited(
             "lost on benign prompts", wording.number(lost, missing=wording.NOT_MEASURED), lost, limits.benign_lost,
@@ -162,6 +163,11 @@ def rivals(result: SweepResult) -> list[Rival]:
             role = "second best" if best else f"second of {rule}"
             out.append(Rival(result.select.points[choice.second], role, None, False))
     return out
+
+
+def fire_limit(point: Point, limits: Limits) -> float | None:
+    """What a setting's fire rate is held against: nothing where the rule has no gate, and moves every token."""
+    return limits.fire_rate if point.benign is not None and point.benign.gated else None
 
 
 def over(figure: float | None, limit: float | None) -> bool:

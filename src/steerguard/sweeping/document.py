@@ -125,7 +125,7 @@ def _point(setting: Setting, found: Sweep) -> dict[str, Any]:
     return {
         "rule": setting.rule.name, "strength": setting.rule.strength, "layers": list(setting.layers),
         "positions": setting.positions, "scenarios": figures.n, "figures": asdict(figures),
-        "benign": None if cost is None else {key: getattr(cost, key) for key in ("kl", "fire_rate", "lost", "changed", "n")},
+        "benign": None if cost is None else asdict(cost),
         "eligible": not why, "why": why,
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from steerguard.identity import ModelIdentity
 from steerguard.metrics import Interval
-from steerguard.sweeping.choice import Limits
+from steerguard.sweeping.choice import Cost, Limits
 from steerguard.sweeping.points import Figures
 
 BASELINES = ("aligned", "malicious")
@@ -80,21 +80,6 @@ class LayerEvidence:
 
 
 @dataclass(frozen=True)
-class BenignCost:
-    """What a setting did to benign prompts; None where it was not measured."""
-
-    kl: float | None
-    "nats per token"
-    fire_rate: float | None
-    "share of the tokens that the gate moved"
-    lost: float | None
-    "points of 100"
-    changed: float | None
-    "share of the answers that are not the unguarded ones word for word"
-    n: int
-
-
-@dataclass(frozen=True)
 class Point:
     """One setting of the grid and what it measured."""
 
@@ -105,7 +90,7 @@ class Point:
     scenarios: int
     "how many scenarios it answered"
     figures: Figures
-    benign: BenignCost | None
+    benign: Cost | None
     eligible: bool
     why: str
     "the constraint that it failed; empty if it is eligible"
@@ -265,6 +250,6 @@ class SweepResult:
 
 
 __all__ = [
-    "Asked", "BASELINES", "BenignCost", "Category", "Chosen", "Figures", "GuardRecord", "HeldOut", "LayerEvidence", "Limits",
+    "Asked", "BASELINES", "Category", "Chosen", "Cost", "Figures", "GuardRecord", "HeldOut", "LayerEvidence", "Limits",
     "Metric", "Point", "Pole", "Projections", "Row", "Selection", "Settings", "SweepResult", "SweptTrait", "TestedArm", "Token",
 ]  # fmt: skip

@@ -20,9 +20,9 @@ from steerguard.metrics import Interval
 from steerguard.sweeping.result import (
     BASELINES,
     Asked,
-    BenignCost,
     Category,
     Chosen,
+    Cost,
     Figures,
     GuardRecord,
     HeldOut,
@@ -170,7 +170,7 @@ _POINT: dict[str, Kind] = {
     "rule": str, "strength": _NUMBER, "layers": list, "positions": str, "scenarios": int, "figures": dict,
     "benign": (dict, _NULL), "eligible": bool, "why": str,
 }  # fmt: skip
-_BENIGN: dict[str, Kind] = {"kl": _NUMBER, "fire_rate": _NUMBER, "lost": _NUMBER, "changed": _NUMBER, "n": int}
+_BENIGN: dict[str, Kind] = {"gated": bool, "kl": _NUMBER, "fire_rate": _NUMBER, "lost": _NUMBER, "changed": _NUMBER, "n": int}
 
 
 def _point(value: object, what: str) -> Point:
@@ -184,7 +184,7 @@ def _point(value: object, what: str) -> Point:
     if found["benign"] is not None:
         benign = files.take(found["benign"], f"'benign' of {what}", _BENIGN)
         _within(benign, f"'benign' of {what}", 1.0, "fire_rate", "changed")
-        found["benign"] = BenignCost(**benign)
+        found["benign"] = Cost(**benign)
     return Point(**found)
 
 
