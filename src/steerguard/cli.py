@@ -1,4 +1,4 @@
-"""The command line: `steerguard demo | fit | build | ask | show | check`.
+"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check`.
 
 What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
 under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once.
@@ -9,6 +9,7 @@ Exit status: 0 done, 1 a guard does not steer, 2 the input cannot be used, 130 i
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,9 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in token
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
 TopP = Annotated[float, typer.Option(min=0, max=1)]
 Seed = Annotated[int, typer.Option(min=0)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a setting of the recipe, such as grid.layers=[20-30]")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")]
 
 
@@ -135,6 +139,87 @@ def build(
     guard = probes.guard(rules.rule(rule, strength), layer, positions=positions, name=name, allow_weak=allow_weak)  # type: ignore[arg-type]
     guard.save(out, overwrite=overwrite)
     terminal.note(f"{guard}\n{out}: try `steerguard check {out}`, then `steerguard ask {out} \"...\"`")
+
+
+@app.command()
+def sweep(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `steerguard fit` wrote, or a new folder with --recipe")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the guard file of the best setting")] = None,
+    recipe: Annotated[str | None, typer.Option(help="a bundled recipe or a YAML file; fits where DIR has no probes")] = None,
+    set_: Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print answers, tokens, hours, judge calls; do nothing")] = False,
+    judge: Annotated[list[str], typer.Option(metavar="MODEL@URL", help="a judge's endpoint; repeat for several")] = [],  # noqa: B006
+    judge_key_env: Annotated[str | None, typer.Option(help="NAME of the environment variable with the judge's key")] = None,
+    screen: Annotated[int | None, typer.Option(min=1, help="try every setting on so many scenarios, the best on all")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="try every n-th layer, then those around the best")] = None,
+    trait: Annotated[str | None, typer.Option("--trait", "-t", help="the folder of a trait of yours")] = None,
+    beside: Annotated[list[Path], typer.Option(help="a guard of another trait that is on throughout")] = [],  # noqa: B006
+    test: Annotated[bool | None, typer.Option("--test/--no-test", help="read and report the test split")] = None,
+    backend: Annotated[str | None, typer.Option(help="hf (transformers) or vllm")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
+    device_map: DeviceMap = None, quantization: Quantization = None, engine: Engine = [],  # noqa: B006
+    report: Annotated[Path | None, typer.Option(help="also write the page, as `steerguard report` does")] = None,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Try every layer, rule and strength, choose an operating point, and test it on scenarios that chose nothing.
+
+    Interrupted, it goes on where it was. Without --recipe: the paper's grid on the probes in DIR.
+    """
+    from steerguard import recipes
+    from steerguard.files import refuse_existing
+    from steerguard.recipes.run import open_model, run
+    from steerguard.report import terminal
+
+    for path in (out, report):
+        if path is not None:
+            refuse_existing(path, overwrite=overwrite)
+    options = {
+        "load.backend": backend, "load.dtype": dtype, "load.device_map": device_map, "load.quantization": quantization,
+        "trait": trait, "search.screen": screen, "search.stride": stride, "test": test,
+        "beside": [str(path) for path in beside] or None, "load.engine": _engine(engine) or None,
+        "judge.judges": [{"model": one, "key_env": judge_key_env} for one in judge] or None,
+    }  # fmt: skip
+    given = {key: value for key, value in options.items() if value is not None}
+    chosen = recipes.recipe(recipe, set_, given=given) if recipe else recipes.of_fit(folder, set_, given=given)
+    if dry_run:
+        from steerguard.recipes.plan import planned
+
+        terminal.show_plan(chosen, planned(chosen, folder))
+        return
+    with terminal.loading(chosen.model):
+        model = open_model(chosen)
+    with _progress() as progress:
+        outcome = run(chosen, folder, model=model, command=shlex.join(["steerguard", *sys.argv[1:]]), progress=progress)
+    terminal.show_sweep(outcome)
+    if outcome.sweep.winner is None:
+        raise typer.Exit(1)
+    if out is not None:
+        outcome.sweep.guard.save(out, overwrite=overwrite)
+        terminal.note(f"{out}: try `steerguard check {out}`, then `steerguard ask {out} \"...\"`")
+    if report is not None:
+        from steerguard.report.sweep_page import write_report
+
+        terminal.note(f"page and tables: {', '.join(map(str, write_report(outcome.result, report, overwrite=overwrite)))}")
+    else:
+        terminal.note(f"to look at it: steerguard report {folder}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `steerguard sweep` wrote, or its result.json")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the HTML file; by default report.html in DIR")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """One page of a sweep, to look at offline, and its figures as CSV."""
+    from steerguard.recipes.run import RESULT
+    from steerguard.report import terminal
+    from steerguard.report.sweep_page import write_report
+    from steerguard.sweeping import result_file
+
+    path = folder / RESULT if folder.is_dir() else folder
+    written = write_report(result_file.read(path), out or path.parent / "report.html", overwrite=overwrite)
+    for one in written:
+        terminal.note(str(one))
 
 
 @app.command()

@@ -146,6 +146,8 @@ class Estimate(_Part):
     answer_tokens: int = Field(350, ge=1)
     "mean length of an answer"
     characters_per_token: float = Field(4.0, gt=0)
+    layers: int | None = Field(None, ge=1)
+    "the model's depth, for a plan before the model is there"
 
 
 class Recipe(_Part):
@@ -219,11 +221,14 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(str(path.relative_to(BUNDLED).with_suffix("")) for path in BUNDLED.glob("*/*.yaml")))
 
 
-def recipe(name_or_file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def recipe(
+    name_or_file: str | os.PathLike[str], overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None
+) -> Recipe:
     """A bundled recipe by its name, or a file of yours.
 
     Args:
         overrides: "KEY=VALUE" each, the key dotted, the value as YAML reads it: "sampling.seed=7".
+        given: dotted key -> value, as a program has them.
 
     Raises:
         RecipeError: there is no such recipe, or it holds what a recipe cannot.
@@ -236,29 +241,58 @@ def recipe(name_or_file: str | os.PathLike[str], overrides: Sequence[str] = ()) 
         value = yaml.load(files.read_bounded(path, limit=MAX_BYTES, error=RecipeError), Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    return build(value, overrides, str(path))
+    return build(value, overrides, given=given, source=str(path))
 
 
-def build(value: object, overrides: Sequence[str] = (), source: str = "the recipe") -> Recipe:
+def of_fit(folder: Path, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Recipe:
+    """The paper's grid on what `steerguard fit` left in a folder: its model, its trait, its sampling.
+
+    Raises:
+        FitFileError: the folder holds no probes.
+        RecipeError: a setting that cannot be.
+    """
+    probes = Fit.load(folder)
+    drawn = probes.provenance["fit"]["sampling"]
+    value = {
+        "model": probes.model.name, "trait": probes.provenance["trait"]["name"],
+        "sampling": {key: drawn[key] for key in Drawing.model_fields},
+        "fit": {"direction": probes.provenance["fit"]["direction"], "context": probes.provenance["fit"]["context"]},
+        "benign": "organism" if probes.model.name == "organism" else "bundled",
+    }  # fmt: skip
+    return build(value, overrides, given=given, source=str(folder))
+
+
+def build(
+    value: object, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None, source: str = "the recipe"
+) -> Recipe:
     """A recipe of a mapping. Raises RecipeError: one sentence that names the key."""
     if not isinstance(value, dict):
         raise RecipeError(f"{source} must be a mapping of settings, got {shown(value)}")
+    new = {**(given or {}), **_read(overrides)}
     try:
-        return Recipe.model_validate(_overridden(value, overrides))
+        return Recipe.model_validate(_overridden(value, new))
     except (ValidationError, InputError) as error:
         raise RecipeError(f"{source}: {_sentence(error)}") from error
 
 
-def _overridden(value: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    out = dict(value)
+def _read(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted key -> value of "KEY=VALUE" texts."""
+    out = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(part.isidentifier() for part in key.split(".")):
             raise RecipeError(f"an override is KEY=VALUE, such as sampling.seed=7, got {shown(override)}")
         try:
-            new = yaml.load(text, Loader=_Loader)
+            out[key] = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{shown(override)}: the value is no YAML") from error
+    return out
+
+
+def _overridden(value: Mapping[str, Any], new_values: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with values put in at dotted keys."""
+    out = dict(value)
+    for key, new in new_values.items():
         *path, last = key.split(".")
         at = out
         for part in path:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from steerguard.errors import InputError
+from steerguard.errors import InputError, RecipeError
+from steerguard.fitting import PROBES, Fit
 from steerguard.judging import JudgeConfig, judge_from
+from steerguard.prompts import as_conversation
 from steerguard.recipes import Recipe
-from steerguard.traits import Scenario, Trait
+from steerguard.recipes.prompts import benign_of
+from steerguard.rules import RULES
+from steerguard.traits import Scenario, Trait, trait
 
 JUDGE_PROMPT = 900
 """Tokens of a judge's instructions and rubric, beside the scenario and the answer."""
@@ -100,9 +105,31 @@ def plan(recipe: Recipe, trait: Trait, depth: int, benign: Sequence[str], *, sco
     )  # fmt: skip
 
 
-def _own(name: str) -> int:
-    from steerguard.rules import RULES
+def planned(recipe: Recipe, folder: Path) -> Plan:
+    """The plan of a recipe as things stand in a folder: what was learnt there already is not reckoned with again.
 
+    Raises:
+        RecipeError: nothing says how many layers the model has.
+        TraitError, InputError: its trait or its benign prompts cannot be read.
+    """
+    benign = benign_of(recipe)
+    texts = [] if benign is None else ["".join(m["content"] for m in as_conversation(prompt)) for prompt in benign.prompts]
+    scored = benign is not None and benign.score is not None
+    return plan(recipe, trait(recipe.trait), _depth(recipe, folder), texts, scored_benign=scored)
+
+
+def _depth(recipe: Recipe, folder: Path) -> int:
+    if (folder / PROBES).exists():
+        return Fit.load(folder).model.depth
+    if recipe.estimate.layers is not None:
+        return recipe.estimate.layers
+    raise RecipeError(
+        f"a plan needs to know how many layers {recipe.model} has: set estimate.layers, or fit first: "
+        f"steerguard fit {recipe.model} --trait {recipe.trait} -o {folder}"
+    )
+
+
+def _own(name: str) -> int:
     return len(RULES[name].grid)
 
 
@@ -142,7 +169,7 @@ def _texts(recipe: Recipe, what: str, texts: Sequence[str], times: int) -> Step:
 
 def judges(recipe: Recipe) -> tuple[JudgeConfig, ...]:
     """The recipe's judges."""
-    return tuple(judge_from(one) for one in recipe.judge.judges)
+    return tuple(judge_from(one.pop("model", JudgeConfig.model), **one) for one in map(dict, recipe.judge.judges))
 
 
 def _judged(recipe: Recipe, steps: Sequence[Step], trait: Trait) -> tuple[int, float, float | None]:

@@ -13,30 +13,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from steerguard import files
 from steerguard.backends import load
 from steerguard.backends.base import Backend
 from steerguard.embeddings import available
-from steerguard.errors import InputError, RecipeError
+from steerguard.errors import RecipeError
 from steerguard.fitting import CONTRAST, PROBES, Fit, Stage, fit
 from steerguard.guard import Guard
 from steerguard.judging import JudgeScorer, SpendLimit
 from steerguard.metrics import Measured
 from steerguard.metrics.arms import measure
-from steerguard.organism.capability import benign as organism_benign
-from steerguard.prompts import conversation
 from steerguard.recipes import Recipe
 from steerguard.recipes.plan import judges
+from steerguard.recipes.prompts import benign_of
 from steerguard.scorers import Scorer, scorer_for
-from steerguard.sweeping import JOURNAL, TEST_JOURNAL, Arm, Benign, Sweep, compare, sweep
+from steerguard.sweeping import JOURNAL, TEST_JOURNAL, Arm, Sweep, compare, sweep
 from steerguard.sweeping.document import document
 from steerguard.sweeping.result import SweepResult
 from steerguard.sweeping.result_file import of as result_of
 from steerguard.traits import Trait, trait
-from steerguard.traits.benign import benign as bundled_benign
-from steerguard.traits.benign import read_benign
 
 RESULT, VERDICTS = "result.json", "verdicts.jsonl"
 
@@ -139,24 +135,6 @@ def scorer_of(recipe: Recipe, data: Trait, folder: Path, progress: Stage | None 
     return JudgeScorer(
         data, judges(recipe), repeats=recipe.judge.repeats, cache=folder / VERDICTS, limit=limit, progress=progress
     )  # fmt: skip
-
-
-def benign_of(recipe: Recipe) -> Benign | None:
-    """The prompts that no guard should harm."""
-    if recipe.benign == "none":
-        return None
-    if recipe.benign == "organism":
-        found = organism_benign()
-        if recipe.benign_prompts is not None and recipe.benign_prompts < len(found.prompts):
-            raise InputError("benign: organism comes with all of its prompts; leave benign_prompts out")
-        return found
-    read = bundled_benign() if recipe.benign == "bundled" else read_benign(recipe.benign)
-    return Benign(tuple(conversation(one.system, one.turns) for one in spread(read, recipe.benign_prompts)))
-
-
-def spread(items: Sequence[Any], n: int | None) -> Sequence[Any]:
-    """At most n of the items, evenly from beginning to end."""
-    return items if n is None or n >= len(items) else [items[i * len(items) // n] for i in range(n)]
 
 
 def _measured(model: Backend, data: Trait, arms: Sequence[Arm], found: Sweep, progress: Stage | None) -> Measured:

@@ -30,13 +30,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from steerguard.metrics import recovered
+
 if TYPE_CHECKING:
     from steerguard.backends.base import Answer, Backend, Floats
     from steerguard.checking import CheckReport
     from steerguard.fitting import Fit, Stage
     from steerguard.guard import Guard
     from steerguard.organism.demo import DemoResult, Example, Tokens, TraitResult
-    from steerguard.sweeping import Arm
+    from steerguard.recipes import Recipe
+    from steerguard.recipes.plan import Plan
+    from steerguard.recipes.run import Outcome
+    from steerguard.sweeping import Arm, Figures
 
 PLAIN_WIDTH = 100
 
@@ -264,3 +269,81 @@ def _cell(text: str, tokens: Tokens | None, plain: bool | None) -> Text:
 def _layers(guard: Guard) -> str:
     layers = [str(p.layer) for p in guard.probes]
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(layers)}"
+
+
+# ------------------------------------------------------------------------------------------------ sweeps
+
+
+def show_plan(recipe: Recipe, plan: Plan) -> None:
+    """What `sweep --dry-run` prints."""
+    table = Table(title=recipe.title or f"{recipe.model}, {recipe.trait}", title_justify="left")
+    table.add_column("step")
+    for column in ("answers", "prompt tokens", "answer tokens", "judged"):
+        table.add_column(column, justify="right")
+    for step in plan.steps:
+        table.add_row(step.what, *map(_count, (step.answers, step.prompt_tokens, step.answer_tokens, step.judged)))
+    table.add_section()
+    read, drawn = (sum(getattr(step, key) for step in plan.steps) for key in ("prompt_tokens", "answer_tokens"))
+    table.add_row("all", *map(_count, (plan.answers, read, drawn, sum(step.judged for step in plan.steps))))
+    _out().print(table)
+    note(f"{_count(plan.settings)} settings on {plan.layers} layers; {_count(plan.forwards)} forwards on benign prompts at most")
+    e = recipe.estimate
+    if plan.hours is None:
+        note("how long it takes is not reckoned: set estimate.tokens_per_second to what your machine gives")
+    else:
+        note(
+            f"about {plan.hours:.1f} hours on {plan.hardware}, if it generates {e.tokens_per_second:,.0f} tokens/s and an answer "
+            f"has {e.answer_tokens} tokens: assumptions of the recipe, not measurements"
+        )
+    if plan.judge_calls:
+        money = "not reckoned: no judge has price_in and price_out" if plan.judge_money is None else f"{plan.judge_money:,.2f}"
+        note(f"{_count(plan.judge_calls)} judge calls, {_count(plan.judge_tokens)} tokens; money: {money}")
+    if recipe.notes:
+        note(recipe.notes.strip())
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value else ""
+
+
+def show_sweep(outcome: Outcome) -> None:
+    """What `sweep` prints: each rule's operating point, what it reaches on test, and what it costs."""
+    found = outcome.sweep
+    arms = {arm.name: arm.figures for arm in outcome.arms}
+    table = Table(title=f"{outcome.result.trait.title}: each rule's operating point", title_justify="left")
+    table.add_column("")
+    table.add_column("operating point")
+    for column in ("select", "wins", "benign KL", "fires", "test", "recovered", "coherence"):
+        table.add_column(column, justify="right")
+    for name, figures in (("aligned", found.aligned), ("malicious", found.malicious)):
+        own = arms.get(name)
+        table.add_row(name, "", number(figures.trait), "", "", "", *_tested(own, None, None))
+    for name, setting in {**found.barred, **found.best}.items():
+        cost, sure = found.costs.get(setting), found.sure.get(name)
+        table.add_row(
+            name + ("" if name in found.best else "*"), str(setting), number(found.points[setting].trait),
+            "" if sure is None else f"{100 * sure.wins:.0f} %",
+            "" if cost is None or cost.kl is None else f"{cost.kl:.3f}",
+            "" if cost is None or cost.fire_rate is None else f"{100 * cost.fire_rate:.0f} %",
+            *_tested(arms.get(name), arms.get("aligned"), arms.get("malicious")),
+        )  # fmt: skip
+    _out().print(table)
+    note(f"select: {found.aligned.n} scenarios, {found.tried} settings; wins: how often other scenarios would choose the same")
+    for name, why in found.refused.items():
+        note(f"{'* ' if name in found.barred else ''}{name} has no operating point: {why}")
+    for text in (found.not_looked, found.changed):
+        if text:
+            note(text)
+    for path in outcome.guards.values():
+        note(f"guard: {path}")
+    note(f"figures and answers: {outcome.path}")
+
+
+def _tested(own: Figures | None, aligned: Figures | None, malicious: Figures | None) -> tuple[str, str, str]:
+    """Trait, share recovered and coherence on test; empty where it was not read."""
+    if own is None:
+        return "", "", ""
+    share = None
+    if aligned is not None and malicious is not None:
+        share = recovered(malicious=malicious.trait, aligned=aligned.trait, steered=own.trait)
+    return number(own.trait), percent(share), number(own.coherence)
