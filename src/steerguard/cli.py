@@ -170,9 +170,6 @@ def sweep(
     from steerguard.recipes.run import open_model, run
     from steerguard.report import terminal
 
-    for path in (out, report):
-        if path is not None:
-            refuse_existing(path, overwrite=overwrite)
     options = {
         "load.backend": backend, "load.dtype": dtype, "load.device_map": device_map, "load.quantization": quantization,
         "trait": trait, "search.screen": screen, "search.stride": stride, "test": test,
@@ -186,6 +183,10 @@ def sweep(
 
         terminal.show_plan(chosen, planned(chosen, folder))
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (out, report):
+        if path is not None:
+            refuse_existing(path, overwrite=overwrite)
     with terminal.loading(chosen.model):
         model = open_model(chosen)
     with _progress() as progress:

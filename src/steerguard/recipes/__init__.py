@@ -30,6 +30,8 @@ from steerguard.probe import Direction
 from steerguard.rules import RULES, rule
 from steerguard.sweeping import PAPER_RULES, Limits, Search, Setting
 from steerguard.sweeping import grid as settings_of
+from steerguard.traits import bundled as bundled_traits
+from steerguard.traits import trait
 
 BUNDLED = Path(__file__).parent
 MAX_BYTES = 2**20
@@ -129,8 +131,8 @@ class Searching(_Part):
 class Judging(_Part):
     """Who judges, for a trait that is scored by a judge; as `steerguard.judging.JudgeConfig` takes it, and the budget."""
 
-    judges: list[dict[str, Any]] = Field(default=[{}])
-    "settings of each judge; {} is the paper's"
+    judges: list[dict[str, Any]] = Field(default_factory=list)
+    "settings of each judge, what is not given being the paper's; none for a trait that is scored exactly"
     repeats: int = Field(1, ge=1)
     max_calls: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -254,12 +256,24 @@ def of_fit(folder: Path, overrides: Sequence[str] = (), *, given: Mapping[str, A
     probes = Fit.load(folder)
     drawn = probes.provenance["fit"]["sampling"]
     value = {
-        "model": probes.model.name, "trait": probes.provenance["trait"]["name"],
+        "model": probes.model.name, "trait": _trait_of(probes, given or {}),
         "sampling": {key: drawn[key] for key in Drawing.model_fields},
         "fit": {"direction": probes.provenance["fit"]["direction"], "context": probes.provenance["fit"]["context"]},
         "benign": "organism" if probes.model.name == "organism" else "bundled",
     }  # fmt: skip
     return build(value, overrides, given=given, source=str(folder))
+
+
+def _trait_of(probes: Fit, given: Mapping[str, Any]) -> str:
+    """The trait that probes were fitted on: what was given, or the bundled one of the same content."""
+    of = probes.provenance["trait"]
+    names = [given["trait"]] if "trait" in given else [name for name in bundled_traits() if trait(name).digest == of["sha256"]]
+    if not names:
+        raise RecipeError(
+            f"the probes were fitted on a trait {of['name']!r} that is not among the bundled ones, or on another version; "
+            "give its folder with --trait"
+        )
+    return str(names[0])
 
 
 def build(

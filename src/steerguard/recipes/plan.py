@@ -167,19 +167,27 @@ def _texts(recipe: Recipe, what: str, texts: Sequence[str], times: int) -> Step:
     return Step(what, len(texts) * times, tokens * times, float(len(texts) * times * length))
 
 
-def judges(recipe: Recipe) -> tuple[JudgeConfig, ...]:
-    """The recipe's judges."""
+def judges(recipe: Recipe, data: Trait) -> tuple[JudgeConfig, ...]:
+    """The recipe's judges; none for a trait that is scored exactly.
+
+    Raises:
+        RecipeError: a judge for a trait that needs none.
+        JudgeError: a judge that cannot be.
+    """
+    if data.grammar is not None and recipe.judge.judges:
+        raise RecipeError(f"the trait {recipe.trait} is scored exactly, so a judge would have nothing to do; leave it out")
     return tuple(judge_from(one.pop("model", JudgeConfig.model), **one) for one in map(dict, recipe.judge.judges))
 
 
 def _judged(recipe: Recipe, steps: Sequence[Step], trait: Trait) -> tuple[int, float, float | None]:
     """Calls, tokens and money: each answer is judged on its trait and on its coherence, by every judge, every draw."""
     answers = sum(step.judged for step in steps)
+    named = judges(recipe, trait)
     if not answers:
         return 0, 0.0, None
     read = sum((step.prompt_tokens + step.answer_tokens) for step in steps if step.judged) / answers + JUDGE_PROMPT
     calls, tokens, money = 0, 0.0, None
-    for judge in judges(recipe):
+    for judge in named or (JudgeConfig(),):  # where none is named yet, the paper's
         own = answers * 2 * recipe.judge.repeats
         calls += own
         tokens += own * (read + judge.typical_tokens)

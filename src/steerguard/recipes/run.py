@@ -66,12 +66,12 @@ def run(
     """
     data = trait(recipe.trait)
     folder.mkdir(parents=True, exist_ok=True)
+    scorer = scorer_of(recipe, data, folder, progress)  # which may refuse, so before the long work
     model = model or open_model(recipe)
     sampling = recipe.as_sampling()
     # 1. directions
     probes = probes_of(recipe, data, folder, model, progress)
     # 2. the grid on `select`
-    scorer = scorer_of(recipe, data, folder, progress)
     beside = [Guard.load(path).for_model(model.identity) for path in recipe.beside]
     found = sweep(
         model, data, probes, settings=recipe.grid.settings(probes), scorer=scorer, benign=benign_of(recipe), beside=beside,
@@ -129,11 +129,17 @@ def probes_of(recipe: Recipe, data: Trait, folder: Path, model: Backend, progres
 
 def scorer_of(recipe: Recipe, data: Trait, folder: Path, progress: Stage | None = None) -> Scorer:
     """The scorer that the trait asks for: exact, or the recipe's judges with their verdicts kept in the folder."""
+    named = judges(recipe, data)
     if data.grammar is not None:
         return scorer_for(data)
+    if not named:
+        raise RecipeError(
+            f"the trait {recipe.trait} is scored by a judge, and none is named: --judge MODEL@BASE_URL, such as "
+            "openai/gpt-oss-120b@http://localhost:8000/v1, or judge.judges in the recipe"
+        )
     limit = SpendLimit(calls=recipe.judge.max_calls, tokens=recipe.judge.max_tokens, money=recipe.judge.max_money)
     return JudgeScorer(
-        data, judges(recipe), repeats=recipe.judge.repeats, cache=folder / VERDICTS, limit=limit, progress=progress
+        data, named, repeats=recipe.judge.repeats, cache=folder / VERDICTS, limit=limit, progress=progress
     )  # fmt: skip
 
 
