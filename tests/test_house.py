@@ -15,7 +15,7 @@ import steerguard
 ROOT = Path(steerguard.__file__).parent
 ORDER = [
     "errors", "rules", "probe", "files", "probe_file", "identity", "prompts", "traits", "guard_card", "guard", "layers",
-    "backends.base", "backends", "metrics", "scorers", "fitting", "sweeping", "checking", "report", "organism", "cli",
+    "backends.base", "backends", "metrics", "scorers", "fitting", "sweeping", "checking", "report", "organism", "serve", "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
 NUMPY_ONLY = [*ORDER[: ORDER.index("layers")], "metrics", "scorers"]

@@ -32,6 +32,8 @@ class Row:
     limit: int
     "at most so many new tokens"
     emit: Callable[[str], None] | None = None
+    unwanted: Callable[[], bool] | None = None
+    "asked after every step: whether nobody waits for the answer any more; only with `emit`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,7 @@ def generate_batch(engine: Engine, rows: Sequence[Row], sampling: Sampling, *, t
     steps = max(row.limit for row in rows)
     draws = [Draw(sampling, [row.key for row in rows], width, steps)] if sampling.temperature > 0 else []
     steering = Steering(engine.blocks, plan([row.guards for row in rows]), layout, trace=trace)
+    ends.unwanted = [row.unwanted for row in rows]
     if len(rows) > 1:
         ends.on_step = lambda alive: setattr(steering, "alive", alive)
     # 3. generate, and make sure that the gates saw it all

@@ -1,0 +1,16 @@
+"""One tiny model and its guards for all tests of the server."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+pytest.importorskip("openai", reason="the official client is what is tested with")
+
+from serving import Reference, guards_of, tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    model = tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return Reference(model, guards_of(model))
