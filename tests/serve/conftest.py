@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 pytest.importorskip("openai", reason="the official client is what is tested with")
 
-from serving import Reference, guards_of, tiny_model  # noqa: E402
+from serving import Reference, guards_of, tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from serving import PROMPT, PROMPTS, STEPS, Reference, Server, policy_of, serving
 
-from steerguard.prompts import as_conversation, render
-
 STRONG: dict[str, Any] = {"name": "push", "strength": 6, "positions": "all"}
 CHOICES: tuple[list[Any], ...] = (
-    [], ["still"], ["mirror"], ["push"], ["still", "mirror"], ["mirror", "still"], [STRONG], [{"name": "mirror", "strength": 1}, "push"],
+    [], ["still"], ["mirror"], ["push"], ["still", "mirror"], ["mirror", "still"], [STRONG],
+    [{"name": "mirror", "strength": 1}, "push"],
 )  # fmt: skip
 
 

@@ -349,8 +349,8 @@ def _check_entry(one: ServedGuard, guard: Guard) -> None:
     ends = {guard.rule.strength, *(one.strength or ())}
     for strength in ends:
         for positions in {guard.positions, *one.positions}:
-            why = weaker(entry.variant(strength, positions), guard) if one.required else None
-            if why is not None:
+            why = weaker(entry.variant(strength, positions), guard)
+            if one.required and why is not None:
                 raise InputError(
                     f"guard {guard.name!r} is required, and a request could weaken it: {why}; allow less, or do not require it"
                 )

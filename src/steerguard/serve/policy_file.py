@@ -19,7 +19,7 @@ knows the file and the environment; it opens no guard, and no key stays in what 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -135,10 +135,9 @@ def read(path: Path) -> PolicyFile:
     return parse(_yaml(data, path), str(path), beside=path.parent)
 
 
-def of_guards(paths: list[Path]) -> PolicyFile:
-    """The policy of someone who has written none: every guard is required, and whoever asks may see projections."""
-    guards = tuple(ServedGuard(file=str(path), required=True) for path in paths)
-    return PolicyFile(guards=guards, trace=True)
+def of_guards(paths: Sequence[Path], *, trace: bool) -> PolicyFile:
+    """The policy of someone who has written none: every guard is required."""
+    return PolicyFile(guards=tuple(ServedGuard(file=str(path.absolute()), required=True) for path in paths), trace=trace)
 
 
 def parse(value: object, where: str, *, beside: Path) -> PolicyFile:
@@ -157,7 +156,7 @@ def _guard(one: object, beside: Path) -> object:
     """A guard as an object, its file by its whole path."""
     said = {"file": one} if isinstance(one, str) else one
     if isinstance(said, dict) and isinstance(said.get("file"), str):
-        said = {**said, "file": str(beside / said["file"])}
+        said = {**said, "file": str(beside.absolute() / said["file"])}
     return said
 
 

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from steerguard.errors import InputError, SteerguardError
 from steerguard.guard import Guard
-from steerguard.serve import policy_file
+from steerguard.serve import policy_file, vllm
 from steerguard.serve.policy import Policy, build
 from steerguard.serve.policy_file import PolicyFile
 
@@ -72,21 +72,40 @@ def start(
     Raises:
         InputError: the policy cannot be read, the extra is not installed, or the port or the audit log cannot be had.
     """
-    read = _source(guards, policy)
+    read = _source(guards, policy, trace=backend == "hf")
     file = read()
     chosen = model or Guard.load(Path(file.guards[0].file)).model.name
     name = place.name or os.path.basename(chosen.rstrip("/"))
-    if backend != "hf" or flags:
-        raise InputError(f"the backend {backend!r} cannot be served yet; there is hf")
-    service = local(lambda: _load(chosen, **options), read, name, place, limits)
-    listen(service, name, place)
+    if backend == "hf":
+        if flags:
+            raise InputError(f"{' '.join(flags)} are flags of vLLM; leave them out, or say --backend vllm")
+        listen(local(lambda: _load(chosen, **options), read, name, place, limits), name, place)
+    elif backend == "vllm":
+        become_vllm(chosen, build(file, name=name), place, flags, **options)
+    else:
+        raise InputError(f"the backend {backend!r} cannot be served; there are hf and vllm")
 
 
-def _source(guards: Sequence[Path], policy: Path | None) -> Callable[[], PolicyFile]:
+def become_vllm(model: str, policy: Policy, place: Place, flags: Sequence[str], **options: Any) -> NoReturn:
+    """Start vLLM's server in place of this process.
+
+    Raises:
+        InputError: vLLM would not serve this policy, or an option is not its own.
+    """
+    ours = [key for key, value in options.items() if value not in (None, "auto")] + (["audit"] if place.audit else [])
+    if ours:
+        raise InputError(f"{', '.join(ours)} of this command do not reach vLLM; say it with vLLM's own flags after --")
+    command = vllm.argv(model, policy, host=place.host, port=place.port, flags=flags)
+    vllm.check_environment(os.environ)
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def _source(guards: Sequence[Path], policy: Path | None, *, trace: bool) -> Callable[[], PolicyFile]:
     """Reads the policy, now and again for every reload."""
     if (policy is None) == (not guards):
         raise InputError("give guard files, or a policy that names them with --policy; one of the two")
-    return (lambda: policy_file.of_guards(list(guards))) if policy is None else (lambda: policy_file.read(policy))
+    return (lambda: policy_file.of_guards(guards, trace=trace)) if policy is None else (lambda: policy_file.read(policy))
 
 
 def _load(name: str, **options: Any) -> Any:
