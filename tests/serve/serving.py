@@ -118,9 +118,9 @@ def policy_of(guards: Mapping[str, Guard], folder: Path, **of_guards: Mapping[st
 @contextmanager
 def serving(
     model: TransformersModel | Callable[[], TransformersModel], policy: Mapping[str, Any], folder: Path, *,
-    ready: bool = True, limits: Limits = Limits(max_tokens=64, rows=8, waiting=64), audit_text: bool = False,
+    ready: bool | None = True, limits: Limits = Limits(max_tokens=64, rows=8, waiting=64), audit_text: bool = False,
 ) -> Iterator[Server]:  # fmt: skip
-    """A server of that model under that policy, over HTTP."""
+    """A server of that model under that policy, over HTTP; that must be ready, need not be, or (None) is not started yet."""
     load = model if callable(model) else lambda: model
     path = folder / "policy.yaml"
     path.write_text(json.dumps(policy), encoding="utf-8")
@@ -140,7 +140,8 @@ def serving(
             while not running.started:
                 assert time.monotonic() < until, "the server did not start"
                 time.sleep(0.01)
-            service.start()
+            if ready is not None:
+                service.start()
             assert not ready or service.shut is None, service.shut
             yield Server(f"http://127.0.0.1:{port}", service, folder)
         finally:

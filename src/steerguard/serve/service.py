@@ -9,6 +9,7 @@ This module knows policies, jobs and decisions. It knows no HTTP.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from steerguard.serve.policy import Decision, Policy
 from steerguard.serve.protocol import Refused, Request
 from steerguard.serve.telemetry import Telemetry
 
+log = logging.getLogger(__name__)
 STARTING = "the model is being loaded and its guards are being checked"
 
 
@@ -184,7 +186,10 @@ class Service:
         """End after the batch in progress."""
         if self._engine is not None:
             self._engine.close()
-        self.audit.write("stop")
+        try:
+            self.audit.write("stop")
+        except AuditFailed as error:
+            log.error("%s", error)
         self.audit.close()
 
     # ------------------------------------------------------------------------------------------------------ answers
