@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from steerguard.errors import InputError, SteerguardError
 
@@ -38,7 +39,7 @@ class Audit:
         self.text = text
         self._path, self._max_bytes, self._kept = path, max_bytes, kept
         self._lock = threading.Lock()
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         if path is not None:
             try:
                 self._file = _open(path)
@@ -55,13 +56,13 @@ class Audit:
             except (OSError, ValueError) as error:
                 raise AuditFailed(f"the audit log {self._path} cannot be written: {error}; make room and start again") from error
 
-    def _append(self, line: str) -> None:
+    def _append(self, line: bytes) -> None:
         if self._path is None or self._file is None:
             raise ValueError("it was closed")
         if self._file.tell() and self._file.tell() + len(line) > self._max_bytes:
             self._rotate(self._path)
-        self._file.write(line)
-        self._file.flush()
+        if self._file.write(line) != len(line):
+            raise OSError("only a part of a line could be written")
 
     def _rotate(self, path: Path) -> None:
         if self._file is not None:
@@ -79,17 +80,16 @@ class Audit:
             self._file = None
 
 
-def _line(event: str, said: Mapping[str, Any]) -> str:
+def _line(event: str, said: Mapping[str, Any]) -> bytes:
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
-    return json.dumps({"time": stamp, "event": event, **said}, ensure_ascii=True, allow_nan=False) + "\n"
+    return json.dumps({"time": stamp, "event": event, **said}, ensure_ascii=True, allow_nan=False).encode() + b"\n"
 
 
 def _numbered(path: Path, i: int) -> Path:
     return path.with_name(f"{path.name}.{i}")
 
 
-def _open(path: Path) -> TextIO:
-    """A file to append to that only its owner can read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    return os.fdopen(descriptor, "a", encoding="ascii")
+def _open(path: Path) -> FileIO:
+    """A file to append to, that only its owner can read; unbuffered, so that a line is written when `write` returns."""
+    return FileIO(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")

@@ -67,9 +67,14 @@ def argv(model: str, policy: Policy, *, host: str, port: int, flags: Sequence[st
     ]  # fmt: skip
 
 
+def installed() -> bool:
+    """Whether there is a vLLM to start."""
+    return importlib.util.find_spec("vllm") is not None
+
+
 def check_environment(environ: Mapping[str, str]) -> None:
     """Raise InputError unless a vLLM started here would load the plugin."""
-    if importlib.util.find_spec("vllm") is None:
+    if not installed():
         raise InputError("vLLM is not installed here; pip install vllm, or use --backend hf")
     chosen = environ.get(PLUGINS)
     if chosen is not None and PLUGIN not in chosen.split(","):
