@@ -358,7 +358,7 @@ def test_a_prompt_that_is_none_is_refused(server: Server, prompt: Any) -> None:
 def test_errors_are_openais(client: Any, server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as raised:
         client.chat.completions.create(**chat(model="gpt-5"))
-    assert raised.value.code == "unknown_model"
+    assert raised.value.code == "model_not_found"
     assert "tiny:unguarded" in raised.value.message
     assert server.get("/v1/nothing").json()["error"]["code"] == "no_such_route"
     assert server.get("/v1/chat/completions").status_code == 405

@@ -138,6 +138,51 @@ def test_steering_that_fails_in_an_answer_shuts_it(reference: Reference, tmp_pat
             assert text_of(server.post(CHAT, chat())) == due
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_fails_is_an_error_and_the_next_answer_is_right(
+    reference: Reference, tmp_path: Path, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a model raises that says nothing of steering ends its own requests alone, and tells no text of the error."""
+
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("a secret path")
+
+    policy = {"guards": policy_of({"still": reference.guards["still"]}, tmp_path, still=MUST)}
+    with serving(reference.model, policy, tmp_path) as server:
+        handle = reference.model.blocks.modules[2].register_forward_pre_hook(break_down)
+        got = server.post(CHAT, chat(stream=stream))
+        handle.remove()
+        assert got.status_code == (200 if stream else 500)
+        assert '"code":"failed"' in got.text.replace(": ", ":")
+        assert "secret" not in got.text
+        assert "a secret path" in caplog.text
+        assert server.get("/ready").status_code == 200
+        assert text_of(server.post(CHAT, chat())) == reference.answer(PROMPT, ["still"]).text
+        assert [line["outcome"] for line in server.audit() if line["event"] == "request"] == ["failed", "answered"]
+
+
+def test_a_failure_while_guards_are_checked_keeps_it_shut(reference: Reference, tmp_path: Path) -> None:
+    policy = {"guards": policy_of({"still": reference.guards["still"]}, tmp_path, still=MUST)}
+    with serving(reference.model, policy, tmp_path) as server:
+        server.service.fail("first")
+        blocked, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            blocked.set()
+            assert go.wait(60)
+
+        server.service.engine.between(hold)  # the check waits behind this
+        with ThreadPoolExecutor(1) as pool:
+            checking = pool.submit(server.service.recheck, "test")
+            assert blocked.wait(60)
+            server.service.fail("second")
+            go.set()
+            checking.result(60)
+        check_shut(server, "first")
+        server.service.recheck("test")
+        assert server.get("/ready").status_code == 200
+
+
 def test_an_audit_log_that_cannot_be_written_shuts_it(reference: Reference, tmp_path: Path) -> None:
     policy = {"guards": policy_of({"still": reference.guards["still"]}, tmp_path, still=MUST)}
     with serving(reference.model, policy, tmp_path) as server:
@@ -400,7 +445,7 @@ def test_metrics_count_what_happened_in_labels_of_ours(reference: Reference, tmp
         assert server.metric("steerguard_generated_tokens_total") == 2 * len(due.ids)
         assert server.metric('steerguard_requests_total{endpoint="chat",outcome="answered"}') == 1
         assert server.metric('steerguard_requests_total{endpoint="chat",outcome="refused"}') == 40
-        assert server.metric('steerguard_refusals_total{reason="unknown_model"}') == 20
+        assert server.metric('steerguard_refusals_total{reason="model_not_found"}') == 20
         assert server.metric('steerguard_request_moved_ratio_count{guard="still",mode="enforce"}') == 1
         assert server.metric('steerguard_request_largest_shift_separations_count{guard="still",mode="enforce"}') == 1
         digest = reference.guards["still"].digest

@@ -116,7 +116,7 @@ def _answers(app: FastAPI, service: Service) -> None:
     async def model(request: Request, name: str) -> dict[str, Any]:
         policy = service.policy
         if name not in policy.open_to(_caller(request, policy)):
-            raise Refused(404, "unknown_model", "there is no such model; GET /v1/models lists what there is", param="model")
+            raise Refused(404, "model_not_found", "there is no such model; GET /v1/models lists what there is", param="model")
         return _model(name)
 
     @app.post("/v1/chat/completions")
@@ -200,6 +200,9 @@ class _Exchange:
         except Refused as error:
             self._end("failed" if error.status >= 500 else "refused", reason=error.reason, why=error.message)
             return JSONResponse(error.body(), error.status, headers={**error.headers, "x-request-id": self.request_id})
+        except BaseException as error:
+            self._end("failed", reason="failed", why=type(error).__name__)
+            raise
 
     async def _whole(self, work: _Work) -> Response:
         self.service.submit(work.job)
@@ -239,8 +242,8 @@ class _Exchange:
             self._end("failed", reason=error.reason, why=error.message)
             yield stream.event(error.body())
         finally:
+            work.job.gone.set()
             if not ended:
-                work.job.gone.set()
                 self._end("disconnected")
 
     def _end(self, outcome: str, settled: Settled | None = None, *, reason: str | None = None, why: str | None = None) -> None:

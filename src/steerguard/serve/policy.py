@@ -28,7 +28,7 @@ from steerguard.serve.policy_file import UNGUARDED, Alias, ApiKey, Change, Mode,
 from steerguard.serve.strength import weaker
 
 XARGS = "vllm_xargs"
-Reason = Literal["unknown_model", "model_not_allowed", "steering_not_allowed", "trace_not_allowed"]
+Reason = Literal["model_not_found", "model_not_allowed", "steering_not_allowed", "trace_not_allowed"]
 ACTS: Mapping[Mode, int] = {"off": 0, "shadow": 1, "enforce": 2}
 """How much of a guard is left in each mode."""
 
@@ -152,7 +152,7 @@ def decide(policy: Policy, request: Mapping[str, Any], key: str | None, alias: s
         if alias in policy.aliases:
             return Refusal("model_not_allowed", 403, f"this key may not use the model name {shown(alias)}", "model")
         there_are = ", ".join(policy.open_to(key))
-        return Refusal("unknown_model", 404, f"there is no model {shown(alias)}; there are {there_are}", "model")
+        return Refusal("model_not_found", 404, f"there is no model {shown(alias)}; there are {there_are}", "model")
     try:
         asked, trace = _said(request)
         if view.implied is not None:

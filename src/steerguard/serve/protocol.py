@@ -21,6 +21,8 @@ from steerguard.serve.policy import XARGS
 
 MAX_N = 16
 """Answers that one request may ask for."""
+COLD = 1e-4
+"""Temperatures below this are greedy: dividing by them leaves no number."""
 MAX_STOPS = 4
 """Stop texts of one request, as OpenAI has it."""
 ROLES: Mapping[str, str] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -205,8 +207,9 @@ def _drawing(read: _Reader, longest: int) -> Drawing:
     seed = read.take("seed", int)
     if seed is not None and not abs(seed) < 2**63:
         raise _invalid(f"seed must be an integer of 64 bits, got {shown(seed)}", "seed")
+    temperature = float(read.number("temperature", float, 1.0, low=0, high=2))
     return Drawing(
-        float(read.number("temperature", float, 1.0, low=0, high=2)), float(top_p),
+        temperature if temperature >= COLD else 0.0, float(top_p),
         None if seed is None else seed % 2**64, int(most), tuple(stops),
     )  # fmt: skip
 

@@ -68,6 +68,7 @@ class Service:
         self._model: TransformersModel | None = None
         self._engine: Engine | None = None
         self._policy: Policy | None = None
+        self._failures = 0
         self._passed: set[str] = set()
         self._changing = threading.Lock()
         self.telemetry = Telemetry(
@@ -95,11 +96,18 @@ class Service:
 
     def fail(self, why: str) -> None:
         """Answer nobody from now on."""
-        self._shut = why
-        try:
-            self.audit.write("shut", why=why)
-        except AuditFailed as error:
-            self._shut = f"{why}; and {error}"
+        self._failures += 1
+        if self._shut in (None, STARTING):
+            self._shut = why
+            try:
+                self.audit.write("shut", why=why)
+            except AuditFailed as error:
+                self._shut = f"{why}; and {error}"
+
+    def _open(self, failures: int) -> None:
+        """Answer again, unless something failed since there had been so many failures."""
+        if self._failures == failures:
+            self._shut = None
 
     def start(self) -> None:
         """Load the model and the policy, check the guards, open. What goes wrong is why the service stays shut."""
@@ -124,15 +132,16 @@ class Service:
                 return self._take(self._read(self._model), who)
             except SteerguardError as error:
                 self.telemetry.reloaded(False)
-                self.audit.write("policy_refused", by=who, why=str(error))
-                if isinstance(error, SteeringError):
+                if isinstance(error, SteeringError | AuditFailed):
                     self.fail(str(error))
+                else:
+                    self.audit.write("policy_refused", by=who, why=str(error))
                 raise
 
     def recheck(self, who: str) -> None:
         """Check every guard again; opens a service that was shut. Raises NotSteering, which shuts it."""
         with self._changing:
-            policy = self.policy
+            policy, failures = self.policy, self._failures
             self._passed.clear()
             try:
                 self._check(policy.guards)
@@ -140,16 +149,17 @@ class Service:
                 self.fail(str(error))
                 raise
             self.audit.write("checked", by=who, policy=policy.digest)
-            self._shut = None
+            self._open(failures)
 
     def _take(self, policy: Policy, who: str) -> Policy:
+        failures = self._failures
         if self._shut is not None:
             self._passed.clear()
         self._check(policy.guards)
         before = self._policy.digest if self._policy else None
         self.audit.write("policy", by=who, before=before, after=policy.digest, policy=policy.described())
         self._policy = policy
-        self._shut = None
+        self._open(failures)
         self.telemetry.in_force(policy)
         self.telemetry.reloaded(True)
         return policy
@@ -219,10 +229,14 @@ class Service:
         except Busy as error:
             raise Refused(429, "busy", str(error), headers={"retry-after": str(error.seconds)}) from error
         except Closed as error:
-            raise Refused(503, "not_ready", str(error)) from error
+            raise Refused(503, "shutting_down", str(error)) from error
 
     def settle(self, job: Job, decision: Decision, policy: Policy) -> Settled:
         """The answers of a job that is done. Raises Refused; whatever says that steering may not act shuts the service."""
+        error = job.answers.exception(timeout=0)
+        if error is not None and not isinstance(error, SteerguardError):
+            log.error("the model failed", exc_info=error)
+            raise Refused(500, "failed", f"the model failed ({type(error).__name__}); the server's log has more") from error
         try:
             answers = job.answers.result(timeout=0)
             measured = measure(decision, answers)
@@ -230,7 +244,7 @@ class Service:
             self.fail(str(error))
             raise Refused(503, "not_steering", f"no answer is sent, since a guard may not have acted: {error}") from error
         except Closed as error:
-            raise Refused(503, "not_ready", str(error)) from error
+            raise Refused(503, "shutting_down", str(error)) from error
         except SteerguardError as error:
             raise Refused(500, "failed", str(error)) from error
         self.check_open()
