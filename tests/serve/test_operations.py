@@ -355,8 +355,8 @@ def test_shadow_moves_nothing_and_counts_what_would_move(reference: Reference, t
     """On the prompt, the counts are those of the guard at work; on the answer, of its gate on the unguarded text."""
     guard = reference.guards[name]
     guards = policy_of({name: guard}, tmp_path, **{name: {"mode": "shadow"}})
-    with serving(reference.model, {"guards": guards}, tmp_path) as server:
-        got = server.post(CHAT, chat())
+    with serving(reference.model, {"guards": guards, "trace": True}, tmp_path) as server:
+        got = server.post(CHAT, chat(steering={"trace": True}))
         unguarded = reference.answer(PROMPT, [])
         assert text_of(got) == unguarded.text
         assert got.headers["x-steering-guard"] == f"{name}@{guard.digest[:12]};shadow"
@@ -373,6 +373,8 @@ def test_shadow_moves_nothing_and_counts_what_would_move(reference: Reference, t
         assert (shadow["tokens_seen"], shadow["tokens_moved"]) == (len(rho), int((due != 0).sum()))
         assert shadow["largest_shift"] == pytest.approx(np.abs(due).max(), rel=1e-3)
         assert shadow["tokens_moved"] > 0
+        (trace,) = told["trace"]
+        assert trace["delta"] == pytest.approx([0.0] * begin + list(due), rel=1e-3, abs=1e-3)
         moved = [
             server.metric(f'steerguard_tokens_moved_total{{guard="{name}",mode="shadow",phase="{p}"}}')
             for p in ("prompt", "answer")

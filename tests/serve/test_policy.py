@@ -249,6 +249,22 @@ def test_what_a_request_chooses_is_what_it_gets(folder: Path) -> None:
     assert "chooses guards" in twice.message
 
 
+def test_what_is_said_twice_or_elsewhere_is_refused_even_if_it_is_allowed(folder: Path) -> None:
+    policy, may, text = written(folder, FREE), {"guards": ["may"]}, '{"guards": ["may"]}'
+    bad: tuple[dict[str, Any], ...] = (
+        {"steering": may, "vllm_xargs": {"steering": text}},
+        {"steering": None, "vllm_xargs": {"steering": text}},
+        {"vllm_xargs": {"steering": may}},
+        {"vllm_xargs": {"steering": text, "other": 1}},
+        {"steering": may, "steering_mode": "on"},
+        {"steering": text[:-1] + ', "guards": ["may"]}'},
+    )
+    for body in bad:
+        found = decide(policy, body, None, "m")
+        assert isinstance(found, Refusal), body
+        assert found.param == "steering"
+
+
 def test_a_guard_that_is_off_is_not_there_and_cannot_be_named(folder: Path) -> None:
     policy = written(folder, {"guards": ["may.guard", {"file": "must.guard", "mode": "off", "required": True}]})
     found = decide(policy, {}, None, "m")

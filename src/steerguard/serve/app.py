@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Any
@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from steerguard.errors import SteerguardError
 from steerguard.serve import protocol, stream
@@ -217,7 +218,7 @@ class _Exchange:
     async def _stream(self, work: _Work) -> Response:
         texts = stream.Texts(work.job)
         self.service.submit(work.job)
-        return StreamingResponse(self._events(work, texts), media_type="text/event-stream", headers=self._headers(work))
+        return _Stream(work.job, self._events(work, texts), self._headers(work))
 
     def _headers(self, work: _Work) -> dict[str, str]:
         return {"x-request-id": self.request_id, "x-steering-guard": _header(work.decision)}
@@ -242,7 +243,6 @@ class _Exchange:
             self._end("failed", reason=error.reason, why=error.message)
             yield stream.event(error.body())
         finally:
-            work.job.gone.set()
             if not ended:
                 self._end("disconnected")
 
@@ -268,6 +268,20 @@ class _Exchange:
                 raise Refused(503, "not_ready", str(error)) from error
         tokens = settled.usage["completion_tokens"] if settled else 0
         self.service.telemetry.ended(self.endpoint, outcome, seconds, tokens=tokens, reason=reason)
+
+
+class _Stream(StreamingResponse):
+    """A stream of events; however it ends, and even if it never began, nobody waits for its job afterwards."""
+
+    def __init__(self, job: Job, events: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.gone.set()
 
 
 @dataclass(frozen=True, eq=False)
