@@ -359,7 +359,7 @@ def test_shadow_moves_nothing_and_counts_what_would_move(reference: Reference, t
         got = server.post(CHAT, chat(steering={"trace": True}))
         unguarded = reference.answer(PROMPT, [])
         assert text_of(got) == unguarded.text
-        assert got.headers["x-steering-guard"] == f"{name}@{guard.digest[:12]};shadow"
+        assert got.headers["x-steering-guard"] == f"{name} (shadow)@{guard.digest[:12]}"
         told = got.json()["steering"]
         assert (told["tokens_seen"], told["tokens_moved"], told["largest_shift"]) == (0, 0, 0.0)
         (shadow,) = told["guards"]

@@ -58,10 +58,20 @@ def test_the_command_becomes_vllms_server_under_the_policy(tmp_path: Path) -> No
         assert due != reference.answer(PROMPT, []).text
         assert ask().json()["choices"][0]["message"]["content"] == due
         both = ["still", {"name": "pushing", "strength": 6}]
-        got = ask(steering={"guards": both}).json()["choices"][0]["message"]["content"]
-        assert got == reference.answer(PROMPT, both).text
+        got = ask(steering={"guards": both})
+        assert got.json()["choices"][0]["message"]["content"] == reference.answer(PROMPT, both).text
+        digests = [reference.guard(one).digest[:12] for one in both]
+        assert got.headers["x-steering-guard"] == f"still@{digests[0]}, pushing@{digests[1]}"
+        for more in ({}, {"stream": True}):
+            assert ask(**more).headers["x-steering-guard"] == f"still@{digests[0]}"
         for guards in ([], ["pushing"], ["mirroring"], ["still", {"name": "pushing", "strength": 7}]):
-            assert ask(steering={"guards": guards}).status_code == 400
+            refused = ask(steering={"guards": guards})
+            assert refused.status_code == 400
+            assert "x-steering-guard" not in refused.headers
+        assert "x-steering-guard" not in ask(temperature=-1).headers
+        tokens = httpx.post(f"{url}/tokenize", json={"model": "organism", "prompt": PROMPT}, timeout=60)
+        assert tokens.status_code == 200
+        assert "x-steering-guard" not in tokens.headers
 
 
 def answers(url: str) -> bool:

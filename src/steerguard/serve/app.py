@@ -27,6 +27,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from steerguard.backends.vllm.catalogue import HEADER, header
 from steerguard.errors import SteerguardError
 from steerguard.serve import protocol, stream
 from steerguard.serve.audit import AuditFailed
@@ -221,7 +222,7 @@ class _Exchange:
         return _Stream(work.job, self._events(work, texts), self._headers(work))
 
     def _headers(self, work: _Work) -> dict[str, str]:
-        return {"x-request-id": self.request_id, "x-steering-guard": _header(work.decision)}
+        return {"x-request-id": self.request_id, HEADER: _header(work.decision)}
 
     async def _events(self, work: _Work, texts: stream.Texts) -> AsyncIterator[bytes]:
         """The events of a stream. What goes wrong on the way is its last event, and no [DONE] follows."""
@@ -299,9 +300,8 @@ class _Work:
 
 
 def _header(decision: Decision) -> str:
-    """What acts, for a header: name@digest, in order."""
-    acts = [f"{act.name}@{act.digest[:12]}" + ("" if act.mode == "enforce" else f";{act.mode}") for act in decision.acts]
-    return ", ".join(acts) or "none"
+    """What acts, as vLLM's server says it, too; a guard in shadow is told as such."""
+    return header((act.name + ("" if act.mode == "enforce" else f" ({act.mode})"), act.digest) for act in decision.acts)
 
 
 async def _body(request: Request) -> bytes:
