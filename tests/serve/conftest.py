@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("fastapi", reason="needs the extra `serve`")
-pytest.importorskip("openai", reason="the official client is what is tested with")
-
 from serving import Reference, guards_of, tiny_model
 
 

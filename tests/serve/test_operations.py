@@ -405,7 +405,8 @@ def test_a_line_for_every_request_without_its_text(reference: Reference, tmp_pat
         server.post(CHAT, chat(), headers={"x-request-id": "one"})
         server.post(CHAT, chat(steering={"guards": []}), headers={"x-request-id": "two"})
         server.post(CHAT, content=b"{", headers={"x-request-id": "three"})
-        answered, refused, broken = (line for line in server.audit() if line["event"] == "request")
+        server.post(CHAT, chat() | {"messages": PROMPT})
+        answered, refused, broken, wrong = (line for line in server.audit() if line["event"] == "request")
         due = reference.answer(PROMPT, ["still"])
         assert (answered["request"], answered["outcome"], answered["policy"]) == ("one", "answered", server.service.policy.digest)
         assert answered["guards"][0]["tokens_moved"] == due.tokens_moved
@@ -413,6 +414,7 @@ def test_a_line_for_every_request_without_its_text(reference: Reference, tmp_pat
         assert answered["usage"]["completion_tokens"] == len(due.ids)
         assert (refused["request"], refused["outcome"], refused["reason"]) == ("two", "refused", "steering_not_allowed")
         assert (broken["request"], broken["reason"]) == ("three", "invalid_body")
+        assert (wrong["reason"], wrong["param"]) == ("invalid_value", "messages")
         log = (tmp_path / "audit.jsonl").read_text()
         assert PROMPT not in log
         assert (tmp_path / "audit.jsonl").stat().st_mode & 0o077 == 0

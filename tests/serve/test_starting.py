@@ -29,7 +29,9 @@ from steerguard.serve.policy_file import of_guards, read
 
 
 @contextmanager
-def command(*words: str | Path, log: Path, port: int, ready: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+def command(
+    *words: str | Path, log: Path, port: int, ends: int = signal.SIGINT, status: int = 0
+) -> Iterator[subprocess.Popen[bytes]]:
     """`steerguard serve` in a process, ready to answer."""
     env = {**os.environ, "PYTHONPATH": str(Path(sg.__file__).parent.parent), "ADMIN_KEY": "the key of the operator"}
     line = [sys.executable, "-m", "steerguard.cli", "serve", *map(str, words), "--port", str(port)]
@@ -37,15 +39,14 @@ def command(*words: str | Path, log: Path, port: int, ready: bool = True) -> Ite
         running = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, env=env)
         try:
             until = time.monotonic() + 300
-            while ready and not is_ready(port):
+            while not is_ready(port):
                 assert running.poll() is None, log.read_text()
                 assert time.monotonic() < until, log.read_text()
                 time.sleep(0.2)
             yield running
         finally:
-            if running.poll() is None:
-                running.send_signal(signal.SIGINT)
-            running.wait(60)
+            running.send_signal(ends)
+            assert running.wait(60) == status
 
 
 def is_ready(port: int) -> bool:
@@ -110,6 +111,7 @@ def test_a_process_serves_reloads_and_ends(reference: Reference, folder: Path, t
         assert ask() == reference.answer(PROMPT, ["mirror"]).text
         client.close()
     assert "good for a laptop" in log.read_text()
+    assert log.read_text().endswith("steerguard: ended\n")
     assert "Traceback" not in log.read_text()
     events = [json.loads(line)["event"] for line in (tmp_path / "audit").read_text().splitlines()]
     assert events == ["policy", "request", "policy", "request", "policy_refused", "request", "stop"]
@@ -117,7 +119,10 @@ def test_a_process_serves_reloads_and_ends(reference: Reference, folder: Path, t
 
 @pytest.mark.slow
 def test_guards_on_the_command_line_are_required(reference: Reference, folder: Path, tmp_path: Path, port: int) -> None:
-    with command(folder / "still.guard", "--name", "m", log=tmp_path / "log", port=port):
+    audit, term = tmp_path / "audit", signal.SIGTERM
+    with command(
+        folder / "still.guard", "--name", "m", "--audit", audit, log=tmp_path / "log", port=port, ends=term, status=-term
+    ):
         url = f"http://127.0.0.1:{port}"
         body = {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": STEPS, "temperature": 0}
         told = httpx.post(f"{url}/v1/chat/completions", json={**body, "steering": {"trace": True}}, timeout=60).json()
@@ -125,6 +130,7 @@ def test_guards_on_the_command_line_are_required(reference: Reference, folder: P
         assert len(told["steering"]["trace"]) == 1
         for more in ({"steering": {"guards": []}}, {"model": "m:unguarded"}):
             assert httpx.post(f"{url}/v1/chat/completions", json={**body, **more}, timeout=60).status_code == 400
+    assert json.loads(audit.read_text().splitlines()[-1])["event"] == "stop"
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

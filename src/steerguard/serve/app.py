@@ -17,6 +17,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Any
@@ -44,7 +45,14 @@ CREATED = int(time.time())
 
 def create(service: Service) -> FastAPI:
     """The application of a service."""
-    app = FastAPI(title="steerguard", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+
+    @asynccontextmanager
+    async def ending(_: FastAPI) -> AsyncIterator[None]:
+        """After the last request, whatever signal it was: the engine ends, and the log says so."""
+        yield
+        await run_in_threadpool(service.close)
+
+    app = FastAPI(title="steerguard", lifespan=ending, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _errors(app)
     _operators(app, service)
     _answers(app, service)
@@ -200,10 +208,10 @@ class _Exchange:
             work = _Work(self.service, policy, decision, self.service.job(said, decision), Writer.of(said, self.request_id))
             return await (self._stream(work) if said.stream else self._whole(work))
         except Refused as error:
-            self._end("failed" if error.status >= 500 else "refused", reason=error.reason, why=error.message)
+            self._end("failed" if error.status >= 500 else "refused", error=error)
             return JSONResponse(error.body(), error.status, headers={**error.headers, "x-request-id": self.request_id})
         except BaseException as error:
-            self._end("failed", reason="failed", why=type(error).__name__)
+            self._end("failed", error=Refused(500, "failed", type(error).__name__))
             raise
 
     async def _whole(self, work: _Work) -> Response:
@@ -241,21 +249,23 @@ class _Exchange:
             yield stream.DONE
         except Refused as error:
             ended = True
-            self._end("failed", reason=error.reason, why=error.message)
+            self._end("failed", error=error)
             yield stream.event(error.body())
         finally:
             if not ended:
                 self._end("disconnected")
 
-    def _end(self, outcome: str, settled: Settled | None = None, *, reason: str | None = None, why: str | None = None) -> None:
+    def _end(self, outcome: str, settled: Settled | None = None, *, error: Refused | None = None) -> None:
         """Write the request down and count it. Raises Refused for an answer that cannot be written down."""
         seconds = time.monotonic() - self.begun
         line: dict[str, Any] = {
             "request": self.request_id, "key": self.key, "endpoint": self.endpoint, "outcome": outcome, "model": self.alias,
             "policy": self.policy.digest if self.policy else None, "seconds": round(seconds, 3),
         }  # fmt: skip
-        if reason is not None:
-            line |= {"reason": reason, "why": why}
+        if error is not None:
+            line |= {"reason": error.reason, "param": error.param}
+            if error.status >= 500 or self.service.audit.text:  # what a client did wrong is told with words of his
+                line |= {"why": error.message}
         if settled is not None:
             line |= {"guards": [one.as_dict() for one in settled.measured], "usage": settled.usage}
         if self.service.audit.text and self.said is not None:
@@ -263,12 +273,12 @@ class _Exchange:
             line |= {"answers": [one.text for one in settled.answers]} if settled else {}
         try:
             self.service.audit.write("request", **line)
-        except AuditFailed as error:
-            self.service.fail(str(error))
+        except AuditFailed as lost:
+            self.service.fail(str(lost))
             if settled is not None:
-                raise Refused(503, "not_ready", str(error)) from error
+                raise Refused(503, "not_ready", str(lost)) from lost
         tokens = settled.usage["completion_tokens"] if settled else 0
-        self.service.telemetry.ended(self.endpoint, outcome, seconds, tokens=tokens, reason=reason)
+        self.service.telemetry.ended(self.endpoint, outcome, seconds, tokens=tokens, reason=error.reason if error else None)
 
 
 class _Stream(StreamingResponse):

@@ -69,6 +69,7 @@ class Service:
         self._engine: Engine | None = None
         self._policy: Policy | None = None
         self._failures = 0
+        self._closed = False
         self._passed: set[str] = set()
         self._changing = threading.Lock()
         self.telemetry = Telemetry(
@@ -193,7 +194,10 @@ class Service:
             raise Refused(503, "not_ready", f"not ready: {self._shut}")
 
     def close(self) -> None:
-        """End after the batch in progress."""
+        """End after the batch in progress; does nothing the second time."""
+        if self._closed:
+            return
+        self._closed = True
         if self._engine is not None:
             self._engine.close()
         try:

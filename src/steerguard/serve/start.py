@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from steerguard.serve.service import Service
 
 log = logging.getLogger("steerguard.serve")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAPTOP = (
     "serving {name} with transformers on http://{host}:{port}/v1, one batch at a time: good for a laptop and for tests; "
     "for a crowd, use --backend vllm. Ctrl-C ends it"
@@ -79,6 +80,8 @@ def start(
     if backend == "hf":
         if flags:
             raise InputError(f"{' '.join(flags)} are flags of vLLM; leave them out, or say --backend vllm")
+        if not file.keys and place.host not in LOOPBACK:
+            _tell(f"the policy has no keys: whoever reaches {place.host}:{place.port} may ask")
         listen(local(lambda: _load(chosen, **options), read, name, place, limits), name, place)
     elif backend == "vllm":
         become_vllm(chosen, build(file, name=name), place, flags, **options)
@@ -144,6 +147,8 @@ def listen(service: Service, name: str, place: Place) -> None:
     _tell(LAPTOP.format(name=name, host=place.host, port=place.port))
     try:
         server.run()
+    except KeyboardInterrupt:
+        _tell("ended")
     finally:
         service.close()
 
