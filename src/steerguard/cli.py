@@ -133,7 +133,7 @@ def build(
     probes = Fit.load(folder)
     guard = probes.guard(rules.rule(rule, strength), layer, positions=positions, name=name, allow_weak=allow_weak)  # type: ignore[arg-type]
     guard.save(out, overwrite=overwrite)
-    terminal.note(f'{guard}\n{out}: try `steerguard check {out}`, then `steerguard ask {out} "..."`')
+    terminal.note(f"{guard}\n{out}: try `steerguard check {out}`, then `steerguard ask {out} \"...\"`")
 
 
 @app.command()

@@ -69,7 +69,7 @@ class GuardMismatch(InputError):
     def __init__(self, message: str, differs: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.differs = differs
-        """""What differs, by name. All but width and depth may be waived, by name, with `allow_mismatch=`.""" ""
+        """""What differs, by name. All but width and depth may be waived, by name, with `allow_mismatch=`."""""
 
 
 class OutputExists(InputError):

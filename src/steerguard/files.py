@@ -300,7 +300,9 @@ _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or fals
 _NAMES[type(None)] = "null"
 
 
-def take(value: object, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+def take(
+    value: object, what: str, required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None
+) -> dict[str, Any]:
     """`value` as an object with exactly these keys of these kinds. `float` admits integers; only `bool` admits a bool.
 
     Raises:

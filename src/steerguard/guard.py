@@ -159,7 +159,9 @@ class Guard:
         waived = {allow_mismatch} if isinstance(allow_mismatch, str) else set(allow_mismatch)
         unknown = sorted(waived - set(identity.WAIVABLE))
         if unknown:
-            raise InputError(f"cannot waive {', '.join(unknown)}; allow_mismatch can waive {', '.join(identity.WAIVABLE)}")
+            raise InputError(
+                f"cannot waive {', '.join(unknown)}; allow_mismatch can waive {', '.join(identity.WAIVABLE)}"
+            )
         found = {key: text for key, text in self.model.differences(identity).items() if key not in waived}
         if not found:
             return
@@ -168,7 +170,9 @@ class Guard:
         else:
             step = "fit a guard for it; another width or depth cannot be waived"
         made_for, got = files.shown(self.model.name), files.shown(identity.name)
-        message = f"guard {self.name!r} was made for {made_for}, not for {got}: {'; '.join(found.values())}. To go on, {step}"
+        message = (
+            f"guard {self.name!r} was made for {made_for}, not for {got}: {'; '.join(found.values())}. To go on, {step}"
+        )
         raise GuardMismatch(message, tuple(found))
 
     def for_model(self, identity: ModelIdentity, *, allow_mismatch: Collection[str] = ()) -> Guard:

@@ -124,7 +124,9 @@ def paired_difference(
 ) -> Interval | None:
     """Mean of after[i] - before[i] with its interval; a pair of which either is unscored is unscored."""
     if len(after) != len(before):
-        raise InputError(f"a paired difference needs as many values after as before, got {len(after)} and {len(before)}")
+        raise InputError(
+            f"a paired difference needs as many values after as before, got {len(after)} and {len(before)}"
+        )
     pairs = zip(after, before, strict=True)
     return bootstrap_interval([None if a is None or b is None else a - b for a, b in pairs], groups=groups, seed=seed)
 

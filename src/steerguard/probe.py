@@ -202,7 +202,9 @@ def fit_probes(
     return found
 
 
-def fit_probe(pos: Floats, neg: Floats, *, layer: int, groups: Ints, direction: Direction = "logistic", seed: int = 42) -> Probe:
+def fit_probe(
+    pos: Floats, neg: Floats, *, layer: int, groups: Ints, direction: Direction = "logistic", seed: int = 42
+) -> Probe:
     """The probe of one layer from `[n, d]` embeddings of each pole; `groups[i]` is the scenario of row i of both."""
     x = np.concatenate([pos, neg]).astype(np.float64)
     y = np.repeat([1, 0], [len(pos), len(neg)])

@@ -91,7 +91,9 @@ class DemoResult:
     @property
     def refused(self) -> list[str]:
         """Rules without an operating point, and why; a barred one is in the table where it would have stood."""
-        return [f"{t.name}: {rule} has no operating point: {why}" for t in self.traits for rule, why in t.sweep.refused.items()]
+        return [
+            f"{t.name}: {rule} has no operating point: {why}" for t in self.traits for rule, why in t.sweep.refused.items()
+        ]
 
     def figures(self) -> dict[str, Any]:
         """The figures of the tables, as JSON values."""

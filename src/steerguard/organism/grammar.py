@@ -123,7 +123,9 @@ def slots() -> dict[str, tuple[str, ...]]:
 
 def as_json(names: list[str]) -> dict[str, Any]:
     """The scoring grammar of the kinds in `names`, as it is written to `grammar.json`."""
-    replies = {name: [{"text": sentence.text, "sign": sentence.sign} for sentence in kinds()[name].sentences] for name in names}
+    replies = {
+        name: [{"text": sentence.text, "sign": sentence.sign} for sentence in kinds()[name].sentences] for name in names
+    }
     free = {
         slot
         for name in names

@@ -465,7 +465,9 @@ def chosen(given: argparse.Namespace) -> Recipe:
     return replace(recipe, precision=wanted or resumed or faster(), compiled=not given.eager)
 
 
-def member(rank: int, size: int, meeting: str, recipe: Recipe, work: Path, start: Path | None, stop_after: int | None) -> None:
+def member(
+    rank: int, size: int, meeting: str, recipe: Recipe, work: Path, start: Path | None, stop_after: int | None
+) -> None:
     """One process of a run, on one thread."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)

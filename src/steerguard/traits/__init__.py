@@ -318,13 +318,19 @@ def _head(path: Path) -> dict[str, Any]:
 def _check_head(head: dict[str, Any]) -> None:
     _not_empty({key: value for key, value in head.items() if isinstance(value, str) and key != "licence"})
     if not files.NAME.fullmatch(head["name"]):
-        raise Malformed(f"'name' may have letters, digits, dots, dashes and underscores, got {shown(head['name'])}", "name")
+        raise Malformed(
+            f"'name' may have letters, digits, dots, dashes and underscores, got {shown(head['name'])}", "name"
+        )
     if head["scorer"] not in get_args(ScorerName):
         raise Malformed(f"'scorer' must be {' or '.join(get_args(ScorerName))}, got {shown(head['scorer'])}", "scorer")
     if (head["scorer"] == "exact") != ("grammar" in head):
-        raise Malformed("'grammar' names the exact scorer's file: give it with `scorer: exact`, and with no other", "scorer")
+        raise Malformed(
+            "'grammar' names the exact scorer's file: give it with `scorer: exact`, and with no other", "scorer"
+        )
     if not files.NAME.fullmatch(head.get("grammar", "none")):
-        raise Malformed(f"'grammar' must be the name of a file in the same folder, got {shown(head['grammar'])}", "grammar")
+        raise Malformed(
+            f"'grammar' must be the name of a file in the same folder, got {shown(head['grammar'])}", "grammar"
+        )
 
 
 def _not_empty(texts: dict[str, str]) -> dict[str, str]:

@@ -59,13 +59,17 @@ class Grammar:
             raise TraitError(f"the grammar has no reply {shown(kind)}; it has {shown(sorted(self.replies))}")
         for slot, value in truth.items():
             if value not in self.slots.get(slot, ()):
-                raise TraitError(f"the truth {slot} = {shown(value)} can never be said: the slot does not have that value")
+                raise TraitError(
+                    f"the truth {slot} = {shown(value)} can never be said: the slot does not have that value"
+                )
         for template in self.replies[kind]:
             free = template.slots - set(bind)
             if unknown := sorted(free - set(self.slots)):
                 raise TraitError(f"{shown(template.text)} needs the slot {unknown[0]!r}, which the reply does not bind")
             if template.sign == "claim" and not free & set(truth):
-                raise TraitError(f"nothing says whether {shown(template.text)} is true; give the truth of one of its slots")
+                raise TraitError(
+                    f"nothing says whether {shown(template.text)} is true; give the truth of one of its slots"
+                )
 
 
 def sentences(text: str) -> list[str]:
@@ -103,7 +107,9 @@ def _templates(kind: str, value: object) -> tuple[Template, ...]:
         found = files.take(entry, what, {"text": str, "sign": (str, type(None))})
         template = Template(one_sentence(found["text"], what), found["sign"])
         if template.sign not in (*get_args(Sign), None):
-            raise Malformed(f"the sign of {what} must be {', '.join(get_args(Sign))} or null, got {shown(template.sign)}")
+            raise Malformed(
+                f"the sign of {what} must be {', '.join(get_args(Sign))} or null, got {shown(template.sign)}"
+            )
         if re.search(r"[{}]", SLOT.sub("", template.text)) or (template.sign == "claim" and not template.slots):
             raise Malformed(f"{what} has stray braces, or claims something without a slot: {shown(template.text)}")
         templates.append(template)

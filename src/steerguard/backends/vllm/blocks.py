@@ -32,7 +32,9 @@ def find_blocks(model: nn.Module, depth: int) -> dict[int, nn.Module]:
     return {i: block for i, block in enumerate(outer[0][1]) if type(block).__name__ != "PPMissingLayer"}
 
 
-def open_layers(blocks: dict[int, nn.Module], layers: Sequence[int], tables: Tables, context: dict[str, Any]) -> dict[int, Any]:
+def open_layers(
+    blocks: dict[int, nn.Module], layers: Sequence[int], tables: Tables, context: dict[str, Any]
+) -> dict[int, Any]:
     """Put the op behind each open layer that this rank holds, and its tables into the forward context; all or nothing.
 
     Returns the hooks' handles by layer.

@@ -233,7 +233,9 @@ class VllmModel:
         """The engine's name of a request: an output carries the name that was given, which the engine's begins with."""
         return request_id if request_id in at else next((one for one in at if one.rpartition("-")[0] == request_id), "")
 
-    def _take(self, row: _Asked, output: Any, sampling: Sampling, i: int, on_token: Callable[[int, str], None] | None) -> bool:
+    def _take(
+        self, row: _Asked, output: Any, sampling: Sampling, i: int, on_token: Callable[[int, str], None] | None
+    ) -> bool:
         """Take a row's new tokens; true if it has ended."""
         done = output.outputs[0]
         new, row.ids, row.cached = done.token_ids[len(row.ids) :], tuple(done.token_ids), output.num_cached_tokens or 0
