@@ -1,4 +1,4 @@
-"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check`.
+"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check | serve`.
 
 What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
 under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once.
@@ -280,6 +280,39 @@ def check(
         write_json(json, report.as_dict(), overwrite=True)
     if not report.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    guards: Annotated[
+        list[str] | None, typer.Argument(metavar="GUARD... [-- FLAGS]", help="guard files, all required; flags for vLLM after --")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="a policy file instead of guard files; see docs/serving.md")] = None,
+    model: ModelOption = None,
+    name: Annotated[str | None, typer.Option(help="what requests call the model; by default the last part of its name")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is everybody")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="answers that are written side by side")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more get a 429")] = 64,
+    audit: Annotated[Path | None, typer.Option(help="append a line about each request to this file")] = None,
+    audit_text: Annotated[bool, typer.Option("--audit-text", help="prompts and answers go into it, too")] = False,
+    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    engine: Engine = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """An OpenAI-compatible server under which required guards cannot be asked away.
+
+    --backend hf serves one batch at a time: good for a laptop and for tests. For a crowd, --backend vllm starts vLLM's
+    own server with the same policy.
+    """
+    from steerguard.serve import start
+
+    found = list(guards or [])
+    first = next((i for i, word in enumerate(found) if word.startswith("-")), len(found))
+    limits = start.Limits(max_tokens=max_tokens, rows=batch, waiting=queue)
+    place = start.Place(host, port, name, audit, audit_text)
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
+    start.start([Path(word) for word in found[:first]], policy, model, backend, place, limits, flags=found[first:], **options)
 
 
 # ------------------------------------------------------------------------------------------------ shared

@@ -199,6 +199,8 @@ class Ends:
         self.paused = False
         self.on_step: Callable[[Tensor], None] | None = None
         "called with `[rows]` true where a row goes on, after every step"
+        self.unwanted: Sequence[Callable[[], bool] | None] = [None] * len(limits)
+        "per row, whether nobody waits for it any more; asked where tokens are brought to the host anyway"
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """`[rows]` true where a row is done."""
@@ -235,7 +237,8 @@ class Ends:
             if self._lengths[row] is not None:
                 continue
             ended = token in self._ends
-            if (not ended and text.push(token)) or ended or count >= self._limits[row]:
+            given_up = (unwanted := self.unwanted[row]) is not None and unwanted()
+            if given_up or (not ended and text.push(token)) or ended or count >= self._limits[row]:
                 self._lengths[row] = count
             if self._emit is not None and (new := text.take()):
                 self._emit(row, new)

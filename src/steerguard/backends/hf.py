@@ -17,7 +17,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -32,10 +33,11 @@ from steerguard.backends.hf_read import mean_residuals, read_forward, token_resi
 from steerguard.errors import ContrastError, InputError, ModelError, PromptError, Unsupported
 from steerguard.guard import Guard
 from steerguard.layers import find_blocks, text_config
-from steerguard.prompts import Prompt, Rendered, Reply, as_conversation, render
+from steerguard.prompts import Prompt, Reply, as_conversation, render
 
 __all__ = ["TransformersModel", "load", "wrap"]
 
+T = TypeVar("T")
 CacheKind = Literal["dynamic", "static"]
 BATCH_TOKENS = 16_384
 """Tokens of one batch with padding and, in generation, with the room for the answers."""
@@ -147,6 +149,11 @@ class TransformersModel:
         parameter = next(self.module.parameters())
         return f"TransformersModel({self.identity.name}, {str(parameter.dtype).removeprefix('torch.')}; {self.blocks!r})"
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can read: 0 to `vocabulary - 1`."""
+        return int(self.module.get_input_embeddings().weight.shape[0])
+
     # ------------------------------------------------------------------------------------------ answering
 
     def generate(
@@ -168,35 +175,60 @@ class TransformersModel:
             NotSteering: a gate did not act as it should; no text is returned.
         """
         asked, of_prompts = one_by_one(prompts, guards)
-        rendered = [render(self.tokenizer, as_conversation(prompt)) for prompt in asked]
-        limits = [self._limit(read, sampling) for read in rendered]
+        rendered = [render(self.tokenizer, as_conversation(prompt)).ids for prompt in asked]
+        return self.generate_tokens(rendered, guards=of_prompts, sampling=sampling, trace=trace, on_token=on_token)
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        guards: Sequence[Guards],
+        sampling: Sampling = Sampling(),
+        trace: bool = False,
+        on_token: Callable[[int, str], None] | None = None,
+        unwanted: Callable[[int], bool] | None = None,
+    ) -> list[Answer]:
+        """Go on after each prompt, given as tokens: `generate` below the chat template. An answer begins where its prompt ends.
+
+        Args:
+            guards: one entry per prompt.
+            unwanted: asked with (row) after every step; a row that nobody waits for any more ends there. Only with `on_token`.
+
+        Raises:
+            PromptError: a prompt without tokens, or one that does not fit into the model's context.
+            NotSteering: a gate did not act as it should; no text is returned.
+        """
+        limits = [self.room(len(ids), sampling.max_new_tokens) for ids in prompts]
         with self._calling():
-            of_rows = [self._all(row) for row in of_prompts]
-            ids = [read.ids for read in rendered]
-            keys = row_keys(sampling, ids, numbers_of(ids, of_rows))
+            of_rows = [self._all(row) for row in guards]
+            keys = row_keys(sampling, prompts, numbers_of(prompts, of_rows))
             answers: dict[int, Answer] = {}
-            sizes = [len(read.ids) + limit for read, limit in zip(rendered, limits, strict=True)]
+            sizes = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
             full = [limit < sampling.max_new_tokens and self._engine.bounded for limit in limits]
-            apart = [len(read.ids) if at_end else 0 for read, at_end in zip(rendered, full, strict=True)]
+            apart = [len(ids) if at_end else 0 for ids, at_end in zip(prompts, full, strict=True)]
             for batch in batches(sizes, self.batch_tokens, apart):
-                rows = [Row(rendered[i].ids, of_rows[i], keys[i], limits[i], _emitter(on_token, i)) for i in batch]
+                rows = [
+                    Row(prompts[i], of_rows[i], keys[i], limits[i], _of_row(on_token, i), _of_row(unwanted, i)) for i in batch
+                ]
                 with memory_errors("generating", self.batch_tokens):
                     answers.update(zip(batch, generate_batch(self._engine, rows, sampling, trace=trace), strict=True))
-        return [answers[i] for i in range(len(asked))]
+        return [answers[i] for i in range(len(prompts))]
 
-    def _limit(self, read: Rendered, sampling: Sampling) -> int:
-        """How many tokens may be generated after this prompt."""
+    def room(self, prompt_tokens: int, wanted: int) -> int:
+        """How many tokens may be generated after so many, at most `wanted`. Raises PromptError if there is no room for one."""
         context = getattr(text_config(self.module), "max_position_embeddings", None)
-        if sampling.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
+        if wanted < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {wanted}")
+        if prompt_tokens < 1:
+            raise PromptError("a prompt needs at least one token, got none")
         if not isinstance(context, int) or context < 1:
-            return sampling.max_new_tokens
-        if len(read.ids) >= context:
+            return wanted
+        if prompt_tokens >= context:
             raise PromptError(
-                f"a conversation of {len(read.ids)} tokens leaves no room for an answer in {self.identity.name}'s context of "
+                f"a conversation of {prompt_tokens} tokens leaves no room for an answer in {self.identity.name}'s context of "
                 f"{context}; shorten it"
             )
-        return min(sampling.max_new_tokens, context - len(read.ids))
+        return min(wanted, context - prompt_tokens)
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -327,5 +359,6 @@ class TransformersModel:
         return every
 
 
-def _emitter(on_token: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
-    return None if on_token is None else lambda text: on_token(row, text)
+def _of_row(function: Callable[..., T] | None, row: int) -> Callable[..., T] | None:
+    """A function of a row and more, for that row."""
+    return None if function is None else partial(function, row)

@@ -38,6 +38,8 @@ class Row:
     limit: int
     "at most so many new tokens"
     emit: Callable[[str], None] | None = None
+    unwanted: Callable[[], bool] | None = None
+    "asked after every step: whether nobody waits for the answer any more; only with `emit`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,7 @@ def generate_batch(engine: Engine, rows: Sequence[Row], sampling: Sampling, *, t
         pause=WORTH_A_PAUSE if shrinks else None,
     )  # fmt: skip
     steps = max(row.limit for row in rows)
+    ends.unwanted = [row.unwanted for row in rows]
     cache = DynamicCache(config=text_config(engine.module)) if shrinks else None
     # 3. generate, in parts of fewer and fewer rows, and make sure that the gates saw it all
     alive = list(range(len(rows)))

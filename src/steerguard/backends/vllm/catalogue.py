@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,8 @@ RESOLVED = "steerguard"
 """The key under which the frontend tells the engine what a request gets; no request may carry it."""
 DRAW = "draw"
 """The key under which a request of the library carries [draw key, temperature, top_p]; see `drawing`."""
+HEADER = "x-steering-guard"
+"""The header of an answer that says what acted on it."""
 MAX_ASKED = 16
 """Guards that one request may name."""
 
@@ -126,6 +128,11 @@ class Act:
     "of the guard at this strength and these positions"
     strength: float | None
     positions: Positions
+
+
+def header(acts: Iterable[tuple[str, str]]) -> str:
+    """What acts, as `HEADER` says it: names and digests in order."""
+    return ", ".join(f"{name}@{digest[:12]}" for name, digest in acts) or "none"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 vLLM's endpoints drop keys that they do not know, and some drop even `vllm_xargs`; and whatever is wrong with a request
 that streams, they say after a 200. So a body that speaks of steering is looked at before any endpoint sees it: it must
 say it where that endpoint reads it, once, and the engine must allow it. What does not speak of steering passes untouched,
-as do the headers and all that is text, tools or a schema of the user's.
+as do the headers and all that is text, tools or a schema of the user's. An answer says in a header what acted on it.
 
 This module knows JSON bodies and paths. What guards there are, the engine's frontend knows.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from steerguard import files
-from steerguard.backends.vllm.catalogue import ASKED, Catalogue
+from steerguard.backends.vllm.catalogue import ASKED, HEADER, Catalogue, Choice, header
 from steerguard.errors import InputError
 from steerguard.files import Malformed, shown
 
@@ -50,23 +50,30 @@ class Door:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and (catalogue := _catalogue(scope)) is not None:
             body, receive = await _body(receive)
+            path = scope["path"].removeprefix(scope.get("root_path") or "").rstrip("/")
+            choice = None
             if _SPEAKS.search(body) and not dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/"):
-                path = scope["path"].removeprefix(scope.get("root_path") or "").rstrip("/")
                 try:
-                    check(catalogue, path, body)
+                    choice = check(catalogue, path, body)
                 except InputError as error:
                     await _refuse(send, str(error))
                     return
+            if path in READ and not path.endswith("/render"):
+                send = _telling(send, choice or catalogue.choose(None))
         await self.app(scope, receive, send)
 
 
-def check(catalogue: Catalogue, path: str, body: bytes) -> None:
-    """Raise InputError for a body that says of steering what this endpoint would not honour, or the engine not allow."""
+def check(catalogue: Catalogue, path: str, body: bytes) -> Choice | None:
+    """What a body chooses; None if it says nothing of steering.
+
+    Raises:
+        InputError: it says what this endpoint would not honour, or the engine not allow.
+    """
     try:
         said = files.strict_json(body)
     except Malformed as error:
         if not any(_places(_read_loosely(body))):
-            return  # it is vLLM's to say what it thinks of it
+            return None  # it is vLLM's to say what it thinks of it
         raise InputError(f"the body {error}") from error
     places = dict(_places(said))
     read = READ.get(path, ())
@@ -80,7 +87,8 @@ def check(catalogue: Catalogue, path: str, body: bytes) -> None:
     for place, value in places.items():
         if place == XARGS and isinstance(value, dict):
             raise InputError(f"vLLM takes text in vllm_xargs: write {ASKED!r} as a JSON string there, or beside it as it is")
-        catalogue.choose(value)
+        return catalogue.choose(value)
+    return None
 
 
 def _read_loosely(body: bytes) -> Any:
@@ -123,6 +131,18 @@ async def _body(receive: Any) -> tuple[bytes, Any]:
         return await receive() if message is None else message
 
     return b"".join(message.get("body", b"") for message in messages), again
+
+
+def _telling(send: Any, choice: Choice) -> Any:
+    """A `send` that puts into the header of an answer what acts on it."""
+    told = (HEADER.encode(), header((act.name, act.digest) for act in choice.acts).encode())
+
+    async def sent(message: Any) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            message = {**message, "headers": [*message.get("headers", ()), told]}
+        await send(message)
+
+    return sent
 
 
 async def _refuse(send: Any, message: str) -> None:
