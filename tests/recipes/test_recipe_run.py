@@ -160,7 +160,8 @@ def test_the_papers_grid_on_what_fit_left(whole: Path, home: Path) -> None:
     assert "228 settings on 6 layers" in fewer.stdout
     assert "12 finalists on all 8" in fewer.stdout
     for wrong, message in (
-        (["--set", "grid=3"], "grid: "), (["--judge", "a/b"], "is scored exactly"), (["--screen", "0"], "greater than or equal to 1"),
+        (["--set", "grid=3"], "grid: "), (["--judge", "a/b"], "is scored exactly"),
+        (["--screen", "0"], "greater than or equal to 1"),
         (["--beside", "nothing.guard", "--no-test"], ""),
     ):  # fmt: skip
         refused = told(whole, "sweep", "work", "--trait", "../trait", "--dry-run", *wrong)

@@ -51,9 +51,9 @@ def guard(model: Backend, layer: int, rule: Rule, name: str, *, seed: int, posit
 def three_guards(model: Backend) -> dict[str, Guard]:
     """Three rules on two layers, one of them on the answer alone; each changes what is said to some prompt."""
     made = (
-        guard(model, 4, StTP(20), "still", seed=5),
-        guard(model, 4, SwFC(3), "pushing", seed=7, positions="response"),
-        guard(model, 3, StMP(4), "mirroring", seed=9),
+        guard(model, 4, StTP(36), "still", seed=11),
+        guard(model, 4, SwFC(5), "pushing", seed=5, positions="response"),
+        guard(model, 3, StMP(4), "mirroring", seed=37),
     )
     return {one.name: one for one in made}
 
