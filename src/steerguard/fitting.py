@@ -292,8 +292,9 @@ def fit_statistics(
 
     The direction stays as it is, but one that points to the negative pole is turned round; the provenance lists the layers
     where that was done. m is the boundary of a logistic regression (C = 1.0) on the projections alone. The evidence is
-    cross-validated as in `fit`: sign and boundary come from the other folds, so noise has an AUROC of a half. That the
-    direction was found on other answers is yours to know: one that was found on these scenarios reads them too well.
+    cross-validated as in `fit`: sign and boundary come from the other folds, so that noise has an AUROC of a half and not
+    of whichever side suits it. Whether the direction was found on other answers than these is yours to know: one that was
+    found on these scenarios reads them too well.
 
     Args:
         directions: by layer, `[d]` float32 unit vectors; layer L is the output of block L, 0 the first. What

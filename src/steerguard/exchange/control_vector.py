@@ -14,7 +14,8 @@ Which layer is which, as read in llama.cpp's source (2024 to late 2026):
   il counts from 0.
 
 So our layer L, the output of block L counted from 0, is `direction.L`, with no offset, and layer 0 cannot be written.
-repeng's directions are numbered in the same way.
+repeng's directions are numbered in the same way. `tests/exchange/test_llama_cpp.py` runs both: a tiny Llama in llama.cpp
+(build 11739) under an exported file has the logits of the same model under the guard, and other ones if N is off by one.
 """
 
 from __future__ import annotations
