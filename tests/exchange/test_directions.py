@@ -77,6 +77,9 @@ def test_safetensors(tmp_path: Path) -> None:
     same(read_directions(path), known)
     save_file({"7": known[2]}, path)
     same(read_directions(path), {7: known[2]})
+    save_file({"7": known[2].astype(np.int32)}, path)
+    with pytest.raises(DirectionError, match="'I32'"):
+        read_directions(path)
     save_torch({"steering": torch.from_numpy(STACK).to(torch.bfloat16)}, path)
     same(read_directions(path), dict(enumerate(STACK)), 1e-2)
 

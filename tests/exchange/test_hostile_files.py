@@ -85,6 +85,13 @@ def test_objects_of_other_tools_are_not_built(tmp_path: Path) -> None:
         read_directions(torch_file(tmp_path / "v.pt", {"axis": bytearray(10)}))
 
 
+@pytest.mark.parametrize("code", [b"", b"\xff", b"\x80\x02X\xff\xff\xff\x7f", b"\x80\x02I12x\n.", b"\x80\x02}"])
+def test_pickles_that_are_none(code: bytes, tmp_path: Path) -> None:
+    path = repacked(torch_file(tmp_path / "v.pt", tensors(vectors(1))), code)
+    with pytest.raises(DirectionError, match="damaged pickle"):
+        read_directions(path)
+
+
 def test_archives_that_unpack_to_more_than_they_are(tmp_path: Path) -> None:
     path = torch_file(tmp_path / "v.pt", {1: torch.zeros(4_000_000)})
     repacked(path, compression=zipfile.ZIP_DEFLATED)

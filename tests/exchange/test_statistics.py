@@ -117,6 +117,9 @@ def test_answers_that_do_not_differ_on_it() -> None:
     pos[..., 0] = neg[..., 0] = 1
     with pytest.raises(ContrastError, match="same projection"):
         fit_probes(pos, neg, layers=[0], scenarios=names(), direction={0: E0})
+    pos[..., 0] = neg[..., 0] = np.where(np.arange(N) % 2, 1, -1)[:, None]
+    with pytest.raises(ContrastError, match="same mean projection"):
+        fit_probes(pos, neg, layers=[0], scenarios=names(), direction={0: E0})
 
 
 # ------------------------------------------------------------------------------------------------ a model
