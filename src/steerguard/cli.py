@@ -1,4 +1,4 @@
-"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check | serve`.
+"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check | serve | export`.
 
 What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
 under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once.
@@ -88,7 +88,12 @@ def fit(
     model: ModelName,
     trait: Annotated[str, typer.Option("--trait", "-t", help="a bundled trait, or a folder with one of yours")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the answers and the probes")],
-    direction: Annotated[str, typer.Option(help="logistic (the paper's) or mean-difference")] = "logistic",
+    direction: Annotated[str | None, typer.Option(help="logistic (the paper's, the default) or mean-difference")] = None,
+    directions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="another tool's vectors (.gguf, .pt, .npy, .safetensors), kept as they are"),
+    ] = None,
+    directions_layer: Annotated[int | None, typer.Option(min=0, help="the layer of a --directions file of one vector")] = None,
     context: Annotated[str, typer.Option(help="own: read answers under their system prompt; neutral: under none")] = "own",
     allow_weak: Annotated[bool, typer.Option("--allow-weak", help="keep probes that read nothing held out")] = False,
     temperature: Temperature = 0.6, top_p: TopP = 0.9, seed: Seed = 42, max_new_tokens: MaxNewTokens = 1024,
@@ -100,20 +105,29 @@ def fit(
 
     Interrupted, it goes on where it was: the answers are kept in the folder as they come.
     """
-    from steerguard import fitting
+    from steerguard import exchange, fitting
     from steerguard.report import terminal
     from steerguard.traits import trait as find_trait
 
+    if directions is not None and direction is not None:
+        raise InputError("--directions gives the directions and --direction learns them: pass one of the two")
+    if directions is None and directions_layer is not None:
+        raise InputError("--directions-layer belongs to --directions: pass the file, or leave it out")
     if (out / fitting.PROBES).exists() and not overwrite:
         raise OutputExists(f"{out / fitting.PROBES} exists; choose another folder with -o, or pass --overwrite")
     chosen = find_trait(trait)
-    sampling = _sampling(temperature, top_p, seed, max_new_tokens)
+    given = None if directions is None else exchange.read_directions(directions, layer=directions_layer)
     loaded = _load(model, backend, dtype=dtype, device_map=device_map, quantization=quantization, **_engine(engine))
+    options: dict[str, Any] = {
+        "context": context, "sampling": _sampling(temperature, top_p, seed, max_new_tokens),
+        "store": out / fitting.CONTRAST, "allow_weak": allow_weak,
+    }  # fmt: skip
     with _progress() as progress:
-        probes = fitting.fit(
-            loaded, chosen, direction=direction, context=context, sampling=sampling,  # type: ignore[arg-type]
-            store=out / fitting.CONTRAST, allow_weak=allow_weak, progress=progress,
-        )  # fmt: skip
+        if given is not None and directions is not None:
+            probes = fitting.fit_statistics(loaded, chosen, given, source=directions.name, progress=progress, **options)
+        else:
+            options |= {} if direction is None else {"direction": direction}
+            probes = fitting.fit(loaded, chosen, progress=progress, **options)
     probes.save(out, overwrite=True)
     terminal.show_fit(probes, out)
 
@@ -313,6 +327,28 @@ def serve(
     place = start.Place(host, port, name, audit, audit_text)
     options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
     start.start([Path(word) for word in found[:first]], policy, model, backend, place, limits, flags=found[first:], **options)
+
+
+@app.command()
+def export(
+    guard: GuardPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    to: Annotated[str, typer.Option(help="gguf: a llama.cpp control vector")] = "gguf",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a guard for another tool; refused if the file could not do what the guard does."""
+    from steerguard import exchange
+    from steerguard.guard import Guard
+    from steerguard.report import terminal
+
+    if to != "gguf":
+        raise InputError(f"a guard can be exported to gguf, not to {to!r}")
+    loaded = Guard.load(guard)
+    exchange.export_gguf(loaded, out, overwrite=overwrite)
+    layers = ", ".join(map(str, loaded.layers))
+    terminal.note(f"{out}: {loaded.rule} on layers {layers}, for {loaded.model.name}")
+    terminal.note(f"  llama-server -m MODEL.gguf --control-vector {out}")
+    terminal.note("llama.cpp checks nothing but the width: serve it with the model that the guard was made for")
 
 
 # ------------------------------------------------------------------------------------------------ shared

@@ -10,6 +10,7 @@
     │   │   └── WeakProbe     there are answers, but no direction that reads held-out ones
     │   ├── GuardFileError    a damaged, foreign or hostile guard file
     │   ├── FitFileError      the same of a file of fitted probes
+    │   ├── DirectionError    another tool's directions: their file, or a model that they do not fit
     │   ├── RecipeError       a recipe, or one setting of it
     │   ├── ResultError       the same of a file of a sweep's figures
     │   ├── GuardMismatch     a sound guard, made for another model
@@ -65,6 +66,10 @@ class GuardFileError(InputError):
 
 class FitFileError(InputError):
     """A file of fitted probes that is not there, damaged, or of another format."""
+
+
+class DirectionError(InputError):
+    """A file of directions that cannot be read safely, or directions that do not fit the model."""
 
 
 class RecipeError(InputError):

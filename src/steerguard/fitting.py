@@ -2,7 +2,8 @@
 
 Three steps, each usable alone: `collect` the model's own answers under both poles of every train scenario (a
 `Contrast`, kept in an append-only file so that an interrupted run goes on where it was), `embed` them as the mean
-residual over each answer's tokens at every layer, and fit a probe per layer. `fit` does all three.
+residual over each answer's tokens at every layer, and fit a probe per layer. `fit` does all three; `fit_statistics` does
+them for directions that another tool has found.
 
 Source: arXiv 2604.08169, section 3: pairs are on-policy; one embedding per answer.
 """
@@ -22,12 +23,12 @@ import numpy as np
 
 from steerguard import files, probe_file
 from steerguard.backends.base import Backend, Floats, Sampling
-from steerguard.errors import ContrastError, FitFileError, InputError, OutputExists
+from steerguard.errors import ContrastError, DirectionError, FitFileError, InputError, OutputExists
 from steerguard.files import Malformed, canonical_json
 from steerguard.guard import Guard, Positions
 from steerguard.identity import ModelIdentity, read_identity
 from steerguard.journal import Journal
-from steerguard.probe import Direction, Probes, fit_probes
+from steerguard.probe import Direction, Probes, fit_probes, ranges
 from steerguard.prompts import Message, conversation
 from steerguard.rules import Rule
 from steerguard.traits import Scenario, Trait
@@ -267,21 +268,100 @@ def fit(
     """
     contrast = contrast or collect(model, trait, sampling=sampling, store=store, progress=progress)
     pos, neg = embed(model, contrast, context=context, progress=progress)
-    usable = contrast.usable()
-    probes = fit_probes(
+    probes = _probes(
+        pos, neg, contrast, range(pos.shape[1]), direction, seed=sampling.seed, allow_weak=allow_weak, progress=progress
+    )
+    how = {"direction": direction, "context": context, "sampling": asdict(sampling)}
+    return Fit(probes.by_layer, model=model.identity, provenance=_provenance(trait, contrast, how))
+
+
+def fit_statistics(
+    model: Backend,
+    trait: Trait,
+    directions: Mapping[int, Floats],
+    *,
+    source: str = "unnamed",
+    context: Context = "own",
+    sampling: Sampling = Sampling(),
+    contrast: Contrast | None = None,
+    store: Path | None = None,
+    allow_weak: bool = False,
+    progress: Stage | None = None,
+) -> Fit:
+    """One probe per given direction: its boundary, statistics and evidence, from the model's own answers as in `fit`.
+
+    The direction stays as it is, but one that points to the negative pole is turned round; the provenance lists the layers
+    where that was done. m is the boundary of a logistic regression (C = 1.0) on the projections alone. The evidence is
+    cross-validated as in `fit`: sign and boundary come from the other folds, so that noise has an AUROC of a half and not
+    of whichever side suits it. Whether the direction was found on other answers than these is yours to know: one that was
+    found on these scenarios reads them too well.
+
+    Args:
+        directions: by layer, `[d]` float32 unit vectors; layer L is the output of block L, 0 the first. What
+            `steerguard.exchange.read_directions` gives.
+        source: where they come from, for the provenance.
+
+    Raises:
+        DirectionError: there are none, or a layer or a width that the model does not have.
+        ContrastError: too few pairs, activations that are not finite, or a direction that is no unit vector.
+        WeakProbe: no layer tells the poles apart on held-out answers.
+    """
+    layers = _layers_of(directions, model.identity)
+    contrast = contrast or collect(model, trait, sampling=sampling, store=store, progress=progress)
+    pos, neg = embed(model, contrast, context=context, progress=progress)
+    probes = _probes(
+        pos[:, layers], neg[:, layers], contrast, layers, directions,
+        seed=sampling.seed, allow_weak=allow_weak, progress=progress,
+    )  # fmt: skip
+    digest = hashlib.sha256()
+    for layer in layers:
+        digest.update(f"{layer}:".encode() + np.asarray(directions[layer], dtype="<f4").tobytes())
+    turned = [layer for layer in layers if float(probes[layer].v @ directions[layer]) < 0]
+    how = {
+        "direction": "given", "directions": {"source": source, "sha256": digest.hexdigest(), "turned_round": turned},
+        "context": context, "sampling": asdict(sampling),
+    }  # fmt: skip
+    return Fit(probes.by_layer, model=model.identity, provenance=_provenance(trait, contrast, how))
+
+
+def _layers_of(directions: Mapping[int, Floats], model: ModelIdentity) -> list[int]:
+    """The layers of directions that this model can have."""
+    layers = sorted(directions)
+    if not layers:
+        raise DirectionError("there are no directions to fit statistics on; give one per layer")
+    if layers[0] < 0 or layers[-1] >= model.depth:
+        raise DirectionError(
+            f"the directions are for layers {ranges(layers)}, {model.name} has layers 0-{model.depth - 1}; a file with one row "
+            "more than the model has blocks counts the embeddings as its first: leave that row out"
+        )
+    wrong = {layer: len(directions[layer]) for layer in layers if len(directions[layer]) != model.width}
+    if wrong:
+        layer, width = next(iter(wrong.items()))
+        raise DirectionError(f"the direction of layer {layer} has width {width}, the residuals of {model.name} {model.width}")
+    return layers
+
+
+def _probes(
+    pos: Floats, neg: Floats, contrast: Contrast, layers: Sequence[int], direction: Direction | Mapping[int, Floats], *,
+    seed: int, allow_weak: bool, progress: Stage | None,
+) -> Probes:  # fmt: skip
+    return fit_probes(
         pos, neg,
-        layers=range(pos.shape[1]),
-        scenarios=["\n".join(pair.scenario.turns) for pair in usable],  # variants of one prompt stay on one side of a fold
-        direction=direction, seed=sampling.seed, allow_weak=allow_weak,
+        layers=layers,
+        scenarios=["\n".join(pair.scenario.turns) for pair in contrast.usable()],  # variants of one prompt: one side of a fold
+        direction=direction, seed=seed, allow_weak=allow_weak,
         progress=None if progress is None else lambda done, total: progress("probes", done, total),
     )  # fmt: skip
-    provenance = {
+
+
+def _provenance(trait: Trait, contrast: Contrast, how: Mapping[str, Any]) -> dict[str, Any]:
+    usable = len(contrast.usable())
+    return {
         "trait": {"name": trait.name, "sha256": trait.digest},
-        "contrast": {"sha256": contrast.digest, "pairs": len(usable), "dropped": len(contrast.pairs) - len(usable)},
-        "fit": {"direction": direction, "context": context, "sampling": asdict(sampling)},
+        "contrast": {"sha256": contrast.digest, "pairs": usable, "dropped": len(contrast.pairs) - usable},
+        "fit": dict(how),
         "versions": versions(),
     }
-    return Fit(probes.by_layer, model=model.identity, provenance=provenance)
 
 
 def versions() -> dict[str, str]:
@@ -294,4 +374,4 @@ def _report(progress: Stage | None, what: str, done: int, total: int) -> None:
         progress(what, done, total)
 
 
-__all__ = ["CONTRAST", "PROBES", "Context", "Contrast", "Fit", "Pair", "Stage", "collect", "embed", "fit"]
+__all__ = ["CONTRAST", "PROBES", "Context", "Contrast", "Fit", "Pair", "Stage", "collect", "embed", "fit", "fit_statistics"]

@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steerguard.metrics import recovered
+from steerguard.probe import ranges
 
 if TYPE_CHECKING:
     from steerguard.backends.base import Answer, Backend, Floats
@@ -174,9 +175,12 @@ def show_fit(probes: Fit, folder: Path) -> None:
     dropped = probes.provenance["contrast"]["dropped"]
     if dropped:
         note(f"{dropped} pairs were left out: an answer was empty")
+    turned = probes.provenance["fit"].get("directions", {}).get("turned_round")
+    if turned:
+        note(f"given directions that pointed to the negative pole were turned round on layers {ranges(turned)}")
     note(f"probes and answers: {folder}")
     note("where a trait reads best is not where steering works best: try layers about the middle, for example")
-    note(f"  steerguard build {folder} --layer {len(probes) // 2} --rule StTP --strength 12 -o guard.guard")
+    note(f"  steerguard build {folder} --layer {sorted(probes)[len(probes) // 2]} --rule StTP --strength 12 -o guard.guard")
 
 
 def show_guard(guard: Guard) -> None:
