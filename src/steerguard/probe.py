@@ -1,8 +1,8 @@
 """Probes: one direction of the residual stream per layer, and what is known about it.
 
 From answer-averaged embeddings of both poles of a trait, `fit_probe` takes the direction v (logistic regression, or
-the difference of the class means), the boundary m, and the statistics that rules need. A probe cannot come out
-without its evidence: how well the direction reads answers that it was not fitted on. A direction that does not is
+the difference of the class means), or is given one, and finds the boundary m and the statistics that rules need. A probe
+cannot come out without its evidence: how well the direction reads answers that it was not fitted on. A direction that does not is
 refused (`WeakProbe`), because logistic regression separates pure noise perfectly when d exceeds n.
 
 This module knows numbers, not models: embeddings in, probes out. numpy and scikit-learn only.
@@ -24,7 +24,9 @@ from steerguard.errors import ContrastError, WeakProbe
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
 Direction = Literal["logistic", "mean-difference"]
+"""How a direction is learnt. Where one is given instead, as a vector, only its sign and its boundary are learnt."""
 Progress = Callable[[int, int], None]
 """Called with (done, total) as long work goes on."""
 
@@ -50,7 +52,8 @@ class Evidence:
     cohens_d: float
     "(mu_pos - mu_neg) / pooled standard deviation of the out-of-fold projections"
     split_half: float
-    "mean cosine of the directions fitted on random disjoint halves of the scenarios"
+    """mean cosine of the directions fitted on random disjoint halves of the scenarios; of a given direction only the sign is
+    fitted, so this is 1 where the halves agree on it"""
     cosine_mean_difference: float
     "cosine of v with mean(positive) - mean(negative)"
     n_pos: int
@@ -77,7 +80,8 @@ class Probe:
     v: Floats
     "[d] unit vector, float32, pointing to the positive (aligned) pole"
     m: float
-    "decision boundary of the logistic regression along v; halfway between the means for a mean difference"
+    """decision boundary of the logistic regression along v; halfway between the means for a mean difference; of a given
+    direction, the boundary of a logistic regression on the projections alone"""
     mu_pos: float
     sigma_pos: float
     mu_neg: float
@@ -150,7 +154,7 @@ def fit_probes(
     *,
     layers: Sequence[int],
     scenarios: Sequence[str],
-    direction: Direction = "logistic",
+    direction: Direction | Mapping[int, Floats] = "logistic",
     seed: int = 42,
     allow_weak: bool = False,
     progress: Progress | None = None,
@@ -161,14 +165,15 @@ def fit_probes(
         pos, neg: `[n, layers, d]` float32, answers under the positive and the negative pole; row i of both belongs to
             `scenarios[i]`, and rows of one scenario never stand on two sides of a fold.
         layers: the decoder blocks that the second axis stands for.
-        direction: `logistic` (the paper's) or `mean-difference`.
+        direction: `logistic` (the paper's) or `mean-difference`; or a given direction per layer, `[d]` unit vectors, of
+            which only the sign and the boundary are fitted.
         allow_weak: return probes that read nothing held out, instead of raising.
 
     Raises:
         ContrastError: fewer than `MIN_PAIRS` scenarios, or activations that are not finite.
         WeakProbe: no layer reads held-out answers.
     """
-    if direction not in get_args(Direction):
+    if isinstance(direction, str) and direction not in get_args(Direction):
         raise ContrastError(f"there is no direction {direction!r}; there are {', '.join(get_args(Direction))}")
     if pos.shape != neg.shape or pos.ndim != 3 or pos.shape[:2] != (len(scenarios), len(layers)):
         raise ContrastError(
@@ -188,7 +193,8 @@ def fit_probes(
             )
     probes: dict[int, Probe] = {}
     for i, layer in enumerate(layers):
-        probes[layer] = fit_probe(pos[:, i], neg[:, i], layer=layer, groups=groups, direction=direction, seed=seed)
+        how = direction if isinstance(direction, str) else _given(direction, layer, pos.shape[2])
+        probes[layer] = fit_probe(pos[:, i], neg[:, i], layer=layer, groups=groups, direction=how, seed=seed)
         if progress is not None:
             progress(i + 1, len(layers))
     found = Probes(probes)
@@ -203,9 +209,12 @@ def fit_probes(
 
 
 def fit_probe(
-    pos: Floats, neg: Floats, *, layer: int, groups: Ints, direction: Direction = "logistic", seed: int = 42
+    pos: Floats, neg: Floats, *, layer: int, groups: Ints, direction: Direction | Floats = "logistic", seed: int = 42
 ) -> Probe:
-    """The probe of one layer from `[n, d]` embeddings of each pole; `groups[i]` is the scenario of row i of both."""
+    """The probe of one layer from `[n, d]` embeddings of each pole; `groups[i]` is the scenario of row i of both.
+
+    A `direction` that is given as a unit vector `[d]` is turned round if it points to the negative pole.
+    """
     x = np.concatenate([pos, neg]).astype(np.float64)
     y = np.repeat([1, 0], [len(pos), len(neg)])
     group = np.concatenate([groups, groups])
@@ -235,8 +244,21 @@ def refit_statistics(probe: Probe, pos: Floats, neg: Floats) -> Probe:
     )  # fmt: skip
 
 
-def _direction(x: npt.NDArray[np.float64], y: npt.NDArray[np.int_], kind: Direction) -> tuple[npt.NDArray[np.float64], float]:
+def _given(directions: Mapping[int, Floats], layer: int, width: int) -> Floats:
+    """The direction that is given for this layer, if it is one."""
+    v = np.asarray(directions[layer], dtype=np.float32) if layer in directions else np.empty(0, dtype=np.float32)
+    if v.shape != (width,) or not abs(float(np.linalg.norm(v.astype(np.float64))) - 1) <= 1e-4:
+        got = f"shape {v.shape} and norm {np.linalg.norm(v):.4g}" if layer in directions else "none"
+        raise ContrastError(f"the direction of layer {layer} must be a unit vector of width {width}, got {got}")
+    return v
+
+
+def _direction(x: Doubles, y: npt.NDArray[np.int_], kind: Direction | Floats) -> tuple[Doubles, float]:
     """The unit vector and the boundary along it, from embeddings `[n, d]` and labels `[n]`."""
+    if not isinstance(kind, str):
+        v = kind.astype(np.float64)
+        sign, m = _boundary(x @ v, y)
+        return sign * v, sign * m
     if kind == "mean-difference":
         mean_pos, mean_neg = x[y == 1].mean(0), x[y == 0].mean(0)
         w = mean_pos - mean_neg
@@ -257,8 +279,27 @@ def _direction(x: npt.NDArray[np.float64], y: npt.NDArray[np.int_], kind: Direct
     return w / norm, float(-fit.intercept_[0] / norm + centre @ w / norm)
 
 
+def _boundary(rho: Doubles, y: npt.NDArray[np.int_]) -> tuple[float, float]:
+    """The side of the positive class (1 or -1) and the boundary, by a logistic regression on projections `[n]` alone.
+
+    The objective is that of the paper's regression, C = 1.0 on the projections as they are. It is solved in units of
+    their spread (C grows with its square, which changes nothing) to a tolerance that small residuals do not escape.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    centre, spread = float(rho.mean()), float(rho.std())
+    if not spread > 0:
+        raise ContrastError("all answers have the same projection on the given direction: it tells nothing apart")
+    fit = LogisticRegression(C=C * spread**2, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    fit.fit((rho - centre)[:, None] / spread, y)
+    w = float(fit.coef_[0, 0])
+    if w == 0:
+        raise ContrastError("the two poles have the same mean projection on the given direction: it tells nothing apart")
+    return math.copysign(1.0, w), centre - float(fit.intercept_[0]) / w * spread
+
+
 def _evidence(
-    x: npt.NDArray[np.float64], y: npt.NDArray[np.int_], group: Ints, v: Floats, kind: Direction, rng: np.random.Generator
+    x: Doubles, y: npt.NDArray[np.int_], group: Ints, v: Floats, kind: Direction | Floats, rng: np.random.Generator
 ) -> Evidence:
     from sklearn.metrics import roc_auc_score
 
@@ -294,7 +335,7 @@ def _evidence(
     )  # fmt: skip
 
 
-def _auroc(score: npt.NDArray[np.float64], y: npt.NDArray[np.int_]) -> float:
+def _auroc(score: Doubles, y: npt.NDArray[np.int_]) -> float:
     """Area under the ROC curve by ranks; ties count half."""
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
@@ -310,7 +351,7 @@ def _standard_error(auroc: float, n: int) -> float:
 
 
 def _split_half(
-    x: npt.NDArray[np.float64], y: npt.NDArray[np.int_], group: Ints, kind: Direction, rng: np.random.Generator, repeats: int = 3
+    x: Doubles, y: npt.NDArray[np.int_], group: Ints, kind: Direction | Floats, rng: np.random.Generator, repeats: int = 3
 ) -> float:
     cosines = []
     for _ in range(repeats):
