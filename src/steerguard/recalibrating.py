@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from steerguard.backends.base import Backend, Sampling
 from steerguard.drift.reference import Reference, with_reference
 from steerguard.errors import ContrastError, GuardMismatch, InputError, WeakProbe
@@ -23,8 +25,9 @@ from steerguard.guard import Guard
 from steerguard.metrics.benign import fires
 from steerguard.metrics.reading import exchanges
 from steerguard.probe import MIN_PAIRS, Probe, fit_probes
-from steerguard.prompts import Prompt
+from steerguard.prompts import Prompt, conversation
 from steerguard.traits import Split, Trait
+from steerguard.traits.benign import benign, read_benign
 
 STATISTICS = ("m", "mu_pos", "sigma_pos", "mu_neg", "sigma_neg", "delta_mu")
 Measured = Literal["train", "select"]
@@ -130,6 +133,26 @@ def recalibrate(
         below_before=None if then is None else tuple(layer.fire.mean for layer in then.layers),
         below_after=tuple(layer.fire.mean for layer in now.layers), follows=_follows(guard),
     )  # fmt: skip
+
+
+def benign_prompts(path: Path | None, most: int) -> list[Prompt]:
+    """Benign prompts of a file, or the bundled ones: at most so many, of every subject. Raises TraitError."""
+    known = benign() if path is None else read_benign(path)
+    order = np.random.default_rng(0).permutation(len(known))[:most]  # the file is sorted by subject
+    return [conversation(known[i].system, known[i].turns) for i in order]
+
+
+def trait_of(guard: Guard) -> str:
+    """The name of the trait that the guard was fitted on. Raises InputError if its record does not say."""
+    own = guard.provenance.get("trait")
+    if not isinstance(own, Mapping) or not isinstance(own.get("name"), str):
+        raise InputError(f"guard {guard.name!r} does not say on which trait it was fitted; name it with --trait")
+    return str(own["name"])
+
+
+def sampling_of(guard: Guard) -> Sampling:
+    """How the guard's answers were drawn when it was fitted; the defaults where its record does not say. Raises InputError."""
+    return _fitted(guard).sampling
 
 
 # ------------------------------------------------------------------------------------------------ inside
