@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from steerguard.backends.base import Backend, Sampling
-from steerguard.drift.reference import Reference, with_reference
+from steerguard.backends.base import Answer, Backend, Sampling
+from steerguard.drift.reference import BATCH, Reference, with_reference
 from steerguard.errors import ContrastError, GuardMismatch, InputError, WeakProbe
 from steerguard.fitting import Context, Contrast, Stage, collect, embed, versions
 from steerguard.guard import Guard
@@ -113,7 +113,7 @@ def recalibrate(
     old = guard.for_model(model.identity, allow_mismatch=differs)
     new = replace(guard, probes=probes, model=model.identity)
     # 2. where the old gates fire on benign prompts, and where the new ones do
-    read = exchanges(prompts, model.generate(list(prompts), sampling=sampling))
+    read = exchanges(prompts, _answers(model, prompts, sampling, progress))
     fired = {
         key: sum(one.moved for one in found) / seen if (seen := sum(one.seen for one in found)) else None
         for key, found in fires(model, read, {"before": old, "after": new}, progress=progress).items()
@@ -204,6 +204,18 @@ def _check(guard: Guard, model: Backend, trait: Trait) -> None:
             f"the trait {trait.name!r} has {len(known)} `select` scenarios with turns of their own; evidence needs at least "
             f"{MIN_PAIRS} on which the direction was not fitted"
         )
+
+
+def _answers(model: Backend, prompts: Sequence[Prompt], sampling: Sampling, progress: Stage | None) -> list[Answer]:
+    """The model's own answers, unguarded."""
+    found: list[Answer] = []
+    for start in range(0, len(prompts), BATCH):
+        if progress is not None:
+            progress("benign prompts answered", start, len(prompts))
+        found += model.generate(list(prompts[start : start + BATCH]), sampling=sampling)
+    if progress is not None:
+        progress("benign prompts answered", len(prompts), len(prompts))
+    return found
 
 
 def _contrast(

@@ -45,7 +45,7 @@ def test_no_drift_no_alarm_whatever_the_reference() -> None:
 def test_the_promise_holds_at_the_very_edge_of_no_drift() -> None:
     """Traffic whose mean rank is exactly the most that is no drift; alpha a tenth, so that the rate can be seen."""
     monitor = Monitor(reference(0), alpha=0.1, tolerance=0.0)
-    edge = float(monitor.bounds()[0, 0, 0])
+    edge = float(monitor.bounds[0, 0, 0])
     rng = np.random.default_rng(9)
     rank = np.clip(rng.beta(4, 4, (500, 800)) - 0.5 + edge, 0, 1)
     rank += edge - rank.mean()
@@ -161,7 +161,7 @@ def test_workers_put_together_are_one_that_saw_it_all() -> None:
 def test_what_tests_use_in_bulk_is_what_the_monitor_does() -> None:
     monitor = Monitor(reference(0))
     rho = requests(np.random.default_rng(15), 1, 30)
-    state = nothing(1, *monitor.bounds().shape)
+    state = nothing(1, *monitor.bounds.shape)
     for t in range(30):
         state = state.then(monitor.evidence(statistics(monitor.reference, rho)[:, t]))
     one_by_one = run(monitor, rho[0])

@@ -57,7 +57,7 @@ def log_mean(logs: Doubles) -> Doubles:
 
 def watch(monitor: Monitor, values: Doubles) -> tuple[Doubles, Doubles]:
     """log evidence `[runs, requests]` of both alarms, over statistics `[runs, requests, 1, 2]`."""
-    state = nothing(len(values), *monitor.bounds().shape)
+    state = nothing(len(values), *monitor.bounds.shape)
     total, recent = [], []
     for t in range(values.shape[1]):
         state = state.then(step(monitor, values[:, t]))

@@ -22,6 +22,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -146,7 +147,7 @@ class Monitor:
                 f"{self.every} and {self.tolerance}"
             )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of what a state depends on; alpha and every only judge it."""
         content = [self.reference.digest, self.tolerance, list(STAKES), FADING]
@@ -171,8 +172,9 @@ class Monitor:
 
     def evidence(self, values: Doubles) -> Evidence:
         """The evidence of one request's statistics `[..., layers, 2]`, against its four bounds per layer."""
-        return betting.one(np.stack([values, 1 - values], -1), self.bounds())
+        return betting.one(np.stack([values, 1 - values], -1), self.bounds)
 
+    @cached_property
     def bounds(self) -> Doubles:
         """`[layers, statistics, sides]`: what mean x, and mean 1 - x, may be at most without drift."""
         ranges = [[getattr(layer, key) for key in STATISTICS] for layer in self.reference.layers]

@@ -45,6 +45,8 @@ MIN_REQUESTS = 20
 ERROR = 0.001
 """Probability that any of a reference's ranges misses its mean."""
 STATISTICS = ("rank", "fire")
+BATCH = 64
+"""Prompts that are answered at a time."""
 
 Projections = Sequence[npt.NDArray[np.floating[Any]]]
 """One request: of each steered layer, by increasing layer, rho `[tokens]` of the answer's tokens that were read."""
@@ -163,7 +165,7 @@ def with_reference(
     *,
     acting: bool = True,
     sampling: Sampling = Sampling(),
-    batch: int = 64,
+    batch: int = BATCH,
     progress: Stage | None = None,
 ) -> Guard:
     """The guard with a reference taken on the model's own answers to benign prompts.
