@@ -191,8 +191,41 @@ def test_ctrl_c_is_one_sentence(run: Run, fitted: Path, monkeypatch: pytest.Monk
 def test_help(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "fit", "build", "show", "ask", "check"):
+    for command in ("demo", "fit", "build", "show", "ask", "check", "recalibrate"):
         assert command in out
         assert run(command, "--help")[0] == 0
     assert run("fit")[0] == 2
     assert run("stear")[0] == 2
+
+
+def test_recalibrating(run: Run, model: Path, tmp_path: Path) -> None:
+    trait = tmp_path / "trait"
+    trait_folder(trait, train=16)
+    for split in ("train", "select"):  # system prompts so unlike that even a random model's answers tell them apart
+        rows = [
+            {"id": f"{split}{i}", "category": "c", "positive": f"{split} {i} " + "truth " * 14,
+             "negative": f"{split} {i} " + "week " * 14, "turns": [f"{split}: what is {i}?"]}
+            for i in range(16)
+        ]  # fmt: skip
+        (trait / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    backend = ("--backend", "fake")
+    assert run("fit", model, "-t", trait, "-o", "fit", *SHORT, *backend)[0] == 0
+    assert run("build", "fit", "-o", "old.guard", "-l", "2", "-a", "1")[0] == 0
+    words = ("recalibrate", "old.guard", "-o", "new.guard", "--prompts", "24", "--benign", "benign.jsonl", *backend)
+    Path("benign.jsonl").write_text("".join(
+        json.dumps({"id": f"b{i}", "category": "c", "system": None, "turns": [f"what is the day {i}"]}) + "\n" for i in range(30)
+    ))  # fmt: skip
+    code, out, err = run(*words, "-t", trait, "--model", model)
+    assert code == 0, err
+    for told in ("mu_pos", "layer 2: the boundary moved by", "sigmas", "benign tokens that the gates move", "not recorded"):
+        assert told in out, told
+    assert "reference" in run("show", "new.guard")[1]
+    code, out, _ = run("recalibrate", "new.guard", "-o", "again.guard", *words[4:], "-t", trait)
+    assert code == 0
+    assert "not recorded" not in out
+    refused(run(*words, "-t", trait), "new.guard exists")
+    refused(run(*words, "--overwrite"), "no trait", "truth")
+    few = trait_folder(tmp_path / "few")
+    refused(run(*words, "-t", few, "--overwrite"), "another version of the trait")
+    other = tiny.llama_folder(tmp_path / "other", hidden_size=64)
+    refused(run(*words, "-t", trait, "--model", other, "--overwrite"), "no checkpoint of the same model")

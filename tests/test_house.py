@@ -15,14 +15,14 @@ import steerguard
 ROOT = Path(steerguard.__file__).parent
 ORDER = [
     "errors", "embeddings", "rules", "probe", "files", "journal", "probe_file", "identity", "prompts", "traits", "guard_card",
-    "guard", "metrics", "layers", "backends.base", "backends", "scorers", "judging", "fitting",
-    "exchange.torch_file", "exchange", "metrics.reading",
-    "metrics.likelihood", "metrics.projection", "metrics.benign", "metrics.arms", "sweeping", "checking", "report", "organism",
-    "recipes", "serve", "cli",
+    "guard", "metrics", "layers", "backends.base", "backends", "scorers", "judging", "fitting", "exchange.torch_file",
+    "exchange", "metrics.reading", "metrics.likelihood", "metrics.projection", "metrics.benign", "metrics.arms", "drift",
+    "recalibrating", "sweeping", "checking", "report", "organism", "recipes", "serve", "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
 NUMPY_ONLY = [
-    *ORDER[: ORDER.index("layers")], "scorers", "judging", "exchange", *(name for name in ORDER if name.startswith("metrics."))
+    *ORDER[: ORDER.index("layers")], "scorers", "judging", "exchange", "drift",
+    *(name for name in ORDER if name.startswith("metrics.")),
 ]  # fmt: skip
 """Modules that must not import torch or transformers, not even late."""
 RULE_NAMES = ("SwFC", "StTP", "StMP", "MeanAblate")

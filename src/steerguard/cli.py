@@ -1,4 +1,4 @@
-"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check | serve | export`.
+"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check | serve | recalibrate | export`.
 
 What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
 under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once.
@@ -349,6 +349,46 @@ def export(
     terminal.note(f"{out}: {loaded.rule} on layers {layers}, for {loaded.model.name}")
     terminal.note(f"  llama-server -m MODEL.gguf --control-vector {out}")
     terminal.note("llama.cpp checks nothing but the width: serve it with the model that the guard was made for")
+
+
+@app.command()
+def recalibrate(
+    guard: GuardPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the new guard file")],
+    model: ModelOption = None,
+    trait: Annotated[str | None, typer.Option("--trait", "-t", help="by default the bundled trait that the guard names")] = None,
+    benign: Annotated[Path | None, typer.Option(help="a JSON-lines file of benign prompts; by default the bundled ones")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="how many benign prompts are answered, at most")] = 500,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="longest answer; by default as the guard was fitted")] = None,
+    store: Annotated[Path | None, typer.Option(help="folder that keeps answers, to go on from where it was")] = None,
+    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
+    engine: Engine = [],  # noqa: B006
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Fit a guard to a new checkpoint of its model: the same direction and rule, new statistics, and what changed.
+
+    On its own model it gives a guard the benign reference that drift is told by.
+    """
+    from dataclasses import replace
+
+    from steerguard import files, recalibrating
+    from steerguard.guard import Guard
+    from steerguard.report import terminal
+    from steerguard.traits import trait as find_trait
+
+    files.refuse_existing(out, overwrite=overwrite)
+    old = Guard.load(guard)
+    chosen = find_trait(trait or recalibrating.trait_of(old))
+    asked = recalibrating.benign_prompts(benign, prompts)
+    sampling = recalibrating.sampling_of(old)
+    if max_new_tokens is not None:
+        sampling = replace(sampling, max_new_tokens=max_new_tokens)
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
+    loaded = _load(model or old.model.name, backend, **options)
+    with _progress() as progress:
+        found = recalibrating.recalibrate(old, loaded, chosen, asked, sampling=sampling, store=store, progress=progress)
+    found.guard.save(out, overwrite=overwrite)
+    terminal.show_recalibrated(found, out)
 
 
 # ------------------------------------------------------------------------------------------------ shared

@@ -31,7 +31,7 @@ from steerguard.journal import Journal
 from steerguard.probe import Direction, Probes, fit_probes, ranges
 from steerguard.prompts import Message, conversation
 from steerguard.rules import Rule
-from steerguard.traits import Scenario, Trait
+from steerguard.traits import Scenario, Split, Trait
 
 CONTRAST, PROBES = "contrast.jsonl", "probes.safetensors"
 """The files of a fit's folder: the answers as they came, and the probes."""
@@ -162,30 +162,34 @@ def collect(
     model: Backend,
     trait: Trait,
     *,
+    split: Split = "train",
     sampling: Sampling = Sampling(),
     store: Path | None = None,
     batch: int = 16,
     progress: Stage | None = None,
 ) -> Contrast:
-    """The model's own answers to every train scenario under both poles.
+    """The model's own answers to every scenario of a split, by default `train`, under both poles.
 
     Args:
         store: a JSON-lines file that answers are appended to, batch by batch, and read back from.
 
     Raises:
-        OutputExists: `store` was written for another trait, model or sampling.
+        OutputExists: `store` was written for another trait, split, model or sampling.
     """
     key = {"trait": trait.digest, "weights": dict(model.identity.weights), "sampling": asdict(sampling)}
+    if split != "train":
+        key["split"] = split
+    scenarios = trait.split(split)
     with closing(_Store(store, key)) as answers:
-        todo = [scenario for scenario in trait.train if scenario.id not in answers.kept]
+        todo = [scenario for scenario in scenarios if scenario.id not in answers.kept]
         for start in range(0, len(todo), batch):
-            _report(progress, "answers under both poles", len(trait.train) - len(todo) + start, len(trait.train))
+            _report(progress, "answers under both poles", len(scenarios) - len(todo) + start, len(scenarios))
             part = todo[start : start + batch]
             prompts = [prompt for scenario in part for prompt in prompts_of(scenario)]
             texts = [answer.text for answer in model.generate(prompts, sampling=sampling)]
             answers.add({s.id: (texts[2 * i], texts[2 * i + 1]) for i, s in enumerate(part)})
-        _report(progress, "answers under both poles", len(trait.train), len(trait.train))
-        return Contrast(tuple(Pair(s, *answers.kept[s.id]) for s in trait.train))
+        _report(progress, "answers under both poles", len(scenarios), len(scenarios))
+        return Contrast(tuple(Pair(s, *answers.kept[s.id]) for s in scenarios))
 
 
 class _Store:
@@ -214,11 +218,13 @@ class _Store:
 
 
 def embed(
-    model: Backend, contrast: Contrast, *, context: Context = "own", batch: int = 32, progress: Stage | None = None
-) -> tuple[Floats, Floats]:
+    model: Backend, contrast: Contrast, *, context: Context = "own", layers: Sequence[int] | None = None, batch: int = 32,
+    progress: Stage | None = None,
+) -> tuple[Floats, Floats]:  # fmt: skip
     """Answer-averaged residuals of the usable pairs: `[n, layers, d]` float32 for each pole.
 
     Args:
+        layers: those that are read; every layer if None.
         context: `own` reads an answer under the system prompt it was given under; `neutral` under none, so that a
             probe cannot read the system prompt itself.
     """
@@ -233,9 +239,9 @@ def embed(
         exchanges += [(own[1] if context == "own" else neutral, pair.negative)]
     parts = []
     for start in range(0, len(exchanges), 2 * batch):
-        _report(progress, "residuals of every layer", start // 2, len(usable))
-        parts.append(model.capture(exchanges[start : start + 2 * batch]))
-    _report(progress, "residuals of every layer", len(usable), len(usable))
+        _report(progress, "residuals of answers", start // 2, len(usable))
+        parts.append(model.capture(exchanges[start : start + 2 * batch], layers=layers))
+    _report(progress, "residuals of answers", len(usable), len(usable))
     rows = np.concatenate(parts)
     return rows[0::2], rows[1::2]
 

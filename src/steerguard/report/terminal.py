@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from steerguard.fitting import Fit, Stage
     from steerguard.guard import Guard
     from steerguard.organism.demo import DemoResult, Example, Tokens, TraitResult
+    from steerguard.recalibrating import Change, Recalibrated
     from steerguard.recipes import Recipe
     from steerguard.recipes.plan import Plan
     from steerguard.recipes.run import Outcome
@@ -211,6 +212,36 @@ def show_demo(result: DemoResult) -> None:
     for path in result.guards:
         note(f"  {path}")
     note(f"next: steerguard show {result.guards[0]}" if result.guards else "no guard was written")
+
+
+def show_recalibrated(found: Recalibrated, path: Path) -> None:
+    """What `recalibrate` prints: every number before and after, what that means, and what was not measured again."""
+    table = Table(title=f"{found.guard.name}: statistics of the direction, before and after", title_justify="left")
+    for column in ("layer", "", "old", "new", "change, in sigmas"):
+        table.add_column(column, justify="left" if not column else "right")
+    for change in found.changes:
+        table.add_row(str(change.layer), change.name, f"{change.old:.4g}", f"{change.new:.4g}", _sigmas(change))
+    _out().print(table)
+    for change in found.boundary:
+        side = "" if change.new == change.old else f" towards the {'aligned' if change.new > change.old else 'misaligned'} side"
+        note(f"layer {change.layer}: the boundary moved by {_sigmas(change)} sigmas{side}")
+    note(f"benign tokens that the gates move on this model: {_share(found.fire_before)} before, {_share(found.fire_after)} after")
+    for i, layer in enumerate(found.guard.layers):
+        was = "not recorded" if found.below_before is None else _share(found.below_before[i])
+        now = _share(found.below_after[i])
+        note(f"layer {layer}: tokens of benign answers below the boundary: {was} in the old reference, {now} in the new")
+    if not found.follows:
+        note(f"{found.guard.rule} does not depend on these numbers: its gate stands where it stood; choose it anew")
+    note("what a sweep measured is of the old checkpoint and was not measured again; `steerguard check`, then evaluate")
+    note(f"{found.guard}\n{path}")
+
+
+def _sigmas(change: Change) -> str:
+    return "no spread" if change.sigmas is None else f"{change.sigmas:+.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "none seen" if value is None else f"{100 * value:.1f} %"
 
 
 def draw_examples(result: DemoResult, path: Path) -> None:
