@@ -34,7 +34,7 @@ from steerguard.probe import Floats
 
 ARCHITECTURE = "controlvector"
 """What `general.architecture` says in a file of control vectors."""
-_WAY_OUT = "serve it with `steerguard serve` or the hf backend, or export a guard whose rule is SwFC"
+_WAY_OUT = "use the hf or the vllm backend, or export a guard whose rule is SwFC"
 
 
 def control_vector(guard: Guard) -> dict[int, Floats]:
