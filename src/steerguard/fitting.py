@@ -363,7 +363,7 @@ def _probes(
 def _provenance(trait: Trait, contrast: Contrast, how: Mapping[str, Any]) -> dict[str, Any]:
     usable = len(contrast.usable())
     return {
-        "trait": {"name": trait.name, "sha256": trait.digest},
+        "trait": {"name": trait.name, "sha256": trait.digest, "scorer": trait.scorer},
         "contrast": {"sha256": contrast.digest, "pairs": usable, "dropped": len(contrast.pairs) - usable},
         "fit": dict(how),
         "versions": versions(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steerguard.errors import InputError, RecipeError
 from steerguard.fitting import PROBES, Fit
@@ -66,27 +67,33 @@ class Plan:
         return sum(step.prompt_tokens + step.answer_tokens for step in self.steps)
 
 
-def plan(recipe: Recipe, trait: Trait, depth: int, benign: Sequence[str], *, scored_benign: bool = False) -> Plan:
+def plan(
+    recipe: Recipe, trait: Trait, depth: int, benign: Sequence[str], *, scored_benign: bool = False, probes: Fit | None = None
+) -> Plan:
     """What a recipe will take on a model of `depth` layers.
 
     Args:
         benign: the texts of the benign prompts.
         scored_benign: whether answers to them are worth points, so that settings answer them.
+        probes: what was learnt already: layers that read nothing are then left out.
 
     Raises:
         InputError: a layer that the model does not have.
     """
     groups = recipe.grid.groups()
-    layers = list(range(depth)) if groups is None else groups
+    layers: list[Any] = list(range(depth)) if groups is None else list(groups)
     flat = [i for one in layers for i in ((one,) if isinstance(one, int) else one)]
     if flat and max(flat) >= depth:
         raise InputError(f"layer {max(flat)} is not there: {recipe.model} has layers 0 to {depth - 1}")
     per_layer = sum(len(own) or _own(name) for name, own in recipe.grid.rules.items()) * len(recipe.grid.positions)
+    if probes is not None:
+        layers = list(dict.fromkeys(setting.layers for setting in recipe.grid.settings(probes)))
     settings, rules = per_layer * len(layers), len(recipe.grid.rules)
     exact = trait.grammar is not None
     coming = min(rules * FINAL, settings)
+    learn = [] if probes is not None else [_step(recipe, "answers under both poles, to learn from", trait.train, 2, judged=False)]
     steps = [
-        _step(recipe, "answers under both poles, to learn from", trait.train, 2, judged=False),
+        *learn,
         _step(recipe, "baselines on the select scenarios", trait.select, 2, judged=not exact),
         *_grid(recipe, trait.select, settings, rules, judged=not exact),
         _texts(recipe, "benign prompts, unguarded", benign, 1),
@@ -115,12 +122,12 @@ def planned(recipe: Recipe, folder: Path) -> Plan:
     benign = benign_of(recipe)
     texts = [] if benign is None else ["".join(m["content"] for m in as_conversation(prompt)) for prompt in benign.prompts]
     scored = benign is not None and benign.score is not None
-    return plan(recipe, trait(recipe.trait), _depth(recipe, folder), texts, scored_benign=scored)
+    probes = Fit.load(folder) if (folder / PROBES).exists() else None
+    depth = _depth(recipe, folder) if probes is None else probes.model.depth
+    return plan(recipe, trait(recipe.trait), depth, texts, scored_benign=scored, probes=probes)
 
 
 def _depth(recipe: Recipe, folder: Path) -> int:
-    if (folder / PROBES).exists():
-        return Fit.load(folder).model.depth
     if recipe.estimate.layers is not None:
         return recipe.estimate.layers
     raise RecipeError(

@@ -180,8 +180,9 @@ def show_fit(probes: Fit, folder: Path) -> None:
     if turned:
         note(f"given directions that pointed to the negative pole were turned round on layers {ranges(turned)}")
     note(f"probes and answers: {folder}")
-    note("where a trait reads best is not where steering works best: try layers about the middle, for example")
-    note(f"  steerguard build {folder} --layer {sorted(probes)[len(probes) // 2]} --rule StTP --strength 12 -o guard.guard")
+    note("where a trait reads best is not where steering works best; to steer with every layer and strength, and choose:")
+    judge = "" if probes.provenance["trait"].get("scorer") == "exact" else " --judge MODEL@URL"
+    note(f"  steerguard sweep {folder}{judge} -o guard.guard        (add --dry-run to see what it takes)")
 
 
 def show_guard(guard: Guard) -> None:
