@@ -155,7 +155,7 @@ def test_a_folder_holds_what_was_fitted(probes: Fit, tmp_path: Path) -> None:
     assert a.digest == b.digest
     assert a.layers == (0, 2)
     assert a.provenance["chosen"] == {"by": "hand"}
-    assert a.provenance["trait"] == {"name": "tiny", "sha256": TRAIT.digest}
+    assert a.provenance["trait"] == {"name": "tiny", "sha256": TRAIT.digest, "scorer": "judge"}
 
 
 def test_a_damaged_folder_is_one_sentence(probes: Fit, tmp_path: Path) -> None:

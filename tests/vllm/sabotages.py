@@ -12,13 +12,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from steerguard.backends.vllm import kernel, op, plugin, tables, worker
+from steerguard.backends.vllm import kernel, kernel_loop, plugin, tables, worker
 
 OP = "steerguard.backends.vllm.op"
 TINY: dict[str, Any] = {
@@ -86,10 +87,21 @@ def hidden_returned() -> Any:
     return returning(lambda hidden, residual: hidden)
 
 
-def kernel_with(tampered: Callable[..., None]) -> Any:
-    """The kernel runs tampered with; what it gets first is the kernel as it is."""
-    inner = kernel.steer
-    return patch.object(op.kernel, "steer", lambda *args: tampered(inner, *args))
+@contextlib.contextmanager
+def kernel_with(tampered: Callable[..., None]) -> Iterator[None]:
+    """Whichever kernel runs is tampered with; what it gets first is the kernel as it is."""
+    with contextlib.ExitStack() as stack:
+        for module in (kernel, kernel_loop):
+            stack.enter_context(patch.object(module, "steer", partial(tampered, module.steer)))
+        yield
+
+
+@contextlib.contextmanager
+def shift_with(tampered: Callable[..., Any]) -> Iterator[None]:
+    """The reference runs, and moves tokens otherwise; what it gets first is the shift as it is."""
+    inner = partial(tampered, kernel.shift)
+    with patch.object(kernel_loop, "fits", lambda *_: False), patch.object(kernel, "shift", inner):
+        yield
 
 
 def gates_zeroed() -> Any:
@@ -134,14 +146,12 @@ def residual_not_written() -> Any:
 
 def half_moved() -> Any:
     """Every shift is half of what the gate says."""
-    inner = kernel.shift
-    return patch.object(kernel, "shift", lambda xp, rho, gates: inner(xp, rho, gates) / 2)
+    return shift_with(lambda inner, *args: inner(*args) / 2)
 
 
 def all_moved() -> Any:
     """A gate that is shut moves all the same."""
-    inner = kernel.shift
-    return patch.object(kernel, "shift", lambda xp, rho, gates: inner(xp, rho, gates) + 0.5)
+    return shift_with(lambda inner, *args: inner(*args) + 0.5)
 
 
 def one_token_missed() -> Any:

@@ -159,8 +159,8 @@ def test_no_compiled_graph_outlives_its_guards(reference: Reference, tmp_path: P
     """
     model, prompts = reference.model, PROMPTS[2:]
     path = tmp_path / "served.guard"
-    layer3 = guard(model, 3, StMP(4), "served", seed=9)
-    layer5 = guard(model, 5, SwFC(4), "served", seed=6)
+    layer3 = guard(model, 3, StMP(4), "served", seed=37)
+    layer5 = guard(model, 5, SwFC(6), "served", seed=6)
     ids = [list(reference.answer(prompt, []).prompt_ids) for prompt in prompts]
     sampling = sg.Sampling(temperature=0.0, max_new_tokens=STEPS)
 
