@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serving import Reference, guards_of, tiny_model
+from local_server import Reference, guards_of, tiny_model
 
 
 @pytest.fixture(scope="session")

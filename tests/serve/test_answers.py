@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import PROMPT, PROMPTS, STEPS, Reference, Server, policy_of, serving
+from local_server import PROMPT, PROMPTS, STEPS, Reference, Server, policy_of, serving
 
 from steerguard.backends.base import Sampling
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import NAME, PROMPT, STEPS, Reference, Server, policy_of, serving
+from local_server import NAME, PROMPT, STEPS, Reference, Server, policy_of, serving
 
 from steerguard.backends.base import Sampling
 

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from serving import NAME, PROMPT, STEPS, Reference, Server, policy_of, serving
+from local_server import NAME, PROMPT, STEPS, Reference, Server, policy_of, serving
 
 from steerguard.backends.base import Sampling
 from steerguard.backends.hf import TransformersModel

@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import NAME, Server, serving
+from local_server import NAME, Server, serving
 
 import steerguard as sg
 from steerguard.fitting import prompts_of

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import PROMPT, STEPS, Reference
+from local_server import PROMPT, STEPS, Reference
 
 import steerguard as sg
 from steerguard.backends.vllm.catalogue import Catalogue, Settings

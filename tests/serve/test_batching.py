@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from serving import PROMPT, PROMPTS, Reference
+from local_server import PROMPT, PROMPTS, Reference
 
 from steerguard.backends.base import Answer, Sampling
 from steerguard.errors import NotSteering
