@@ -282,20 +282,34 @@ def _direction(x: Doubles, y: npt.NDArray[np.int_], kind: Direction | Floats) ->
 def _boundary(rho: Doubles, y: npt.NDArray[np.int_]) -> tuple[float, float]:
     """The side of the positive class (1 or -1) and the boundary, by a logistic regression on projections `[n]` alone.
 
-    The objective is that of the paper's regression, C = 1.0 on the projections as they are. It is solved in units of
-    their spread (C grows with its square, which changes nothing) to a tolerance that small residuals do not escape.
+    The objective is that of the paper's regression, C = 1.0 on the projections as they are. Two numbers are sought, so Newton's
+    method finds them to the last digit; scikit-learn's solvers stop at an absolute tolerance, which small residuals are below.
     """
-    from sklearn.linear_model import LogisticRegression
-
     centre, spread = float(rho.mean()), float(rho.std())
     if not spread > 0:
         raise ContrastError("all answers have the same projection on the given direction: it tells nothing apart")
-    fit = LogisticRegression(C=C * spread**2, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    fit.fit((rho - centre)[:, None] / spread, y)
-    w = float(fit.coef_[0, 0])
-    if w == 0:
+    x = (rho - centre) / spread
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    penalty = np.array([1 / (C * spread**2), 0.0])  # of w in units of the spread; the intercept is free, as in the paper's
+
+    def loss(at: Doubles) -> float:
+        z = design @ at
+        return float((np.logaddexp(0, z) - y * z).sum() + (penalty * at**2).sum() / 2)
+
+    at = np.zeros(2)
+    for _ in range(100):
+        p = (1 + np.tanh(design @ at / 2)) / 2
+        gradient = design.T @ (p - y) + penalty * at
+        step = -np.linalg.solve((design.T * (p * (1 - p))) @ design + np.diag(penalty), gradient)
+        promise, size = float(-gradient @ step), 1.0
+        while promise > 1e-6 and loss(at + size * step) > loss(at) - size * promise / 4:
+            size /= 2
+        at = at + size * step
+        if promise < 1e-20:
+            break
+    if at[0] == 0:
         raise ContrastError("the two poles have the same mean projection on the given direction: it tells nothing apart")
-    return math.copysign(1.0, w), centre - float(fit.intercept_[0]) / w * spread
+    return math.copysign(1.0, at[0]), centre - float(at[1] / at[0]) * spread
 
 
 def _evidence(
