@@ -41,7 +41,7 @@ def coins(rng: np.random.Generator, runs: int, steps: int, bound: float) -> Doub
 @pytest.mark.parametrize("kind", ["independent", "dependent"])
 def test_the_capital_rarely_grows_at_fair_odds(bound: float, kind: str) -> None:
     rng = np.random.default_rng(0)
-    runs, steps = 1000, 800
+    runs, steps = 800, 600
     x = (rng.random((runs, steps)) < bound).astype(float) if kind == "independent" else coins(rng, runs, steps, bound)
     total, _ = play(x, bound)
     ever = float((total.max(1) >= math.log(1 / ALPHA)).mean())
@@ -129,7 +129,7 @@ def test_the_sums_are_those_of_the_definition() -> None:
 @pytest.mark.parametrize("mean", [0.0, 0.02, 0.5, 1.0])
 def test_an_interval_holds_the_mean_and_is_not_idle(mean: float) -> None:
     rng = np.random.default_rng(7)
-    found = np.array([interval((rng.random(300) < mean).astype(float), 0.05) for _ in range(200)])
+    found = np.array([interval((rng.random(300) < mean).astype(float), 0.05) for _ in range(100)])
     missed = (found[:, 0] > mean + 1e-9) | (found[:, 1] < mean - 1e-9)
     assert missed.mean() <= 0.05
     assert np.median(found[:, 1] - found[:, 0]) < (0.25 if mean == 0.5 else 0.1)
