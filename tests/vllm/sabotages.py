@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from steerguard.backends.vllm import kernel, kernel_loop, plugin, tables, worker
+from steerguard.backends.vllm import kernel, plugin, tables, worker
 
 OP = "steerguard.backends.vllm.op"
 TINY: dict[str, Any] = {
@@ -90,6 +90,8 @@ def hidden_returned() -> Any:
 @contextlib.contextmanager
 def kernel_with(tampered: Callable[..., None]) -> Iterator[None]:
     """Whichever kernel runs is tampered with; what it gets first is the kernel as it is."""
+    from steerguard.backends.vllm import kernel_loop  # late: a vLLM without our plugin does not bear Numba before it
+
     with contextlib.ExitStack() as stack:
         for module in (kernel, kernel_loop):
             stack.enter_context(patch.object(module, "steer", partial(tampered, module.steer)))
@@ -99,6 +101,8 @@ def kernel_with(tampered: Callable[..., None]) -> Iterator[None]:
 @contextlib.contextmanager
 def shift_with(tampered: Callable[..., Any]) -> Iterator[None]:
     """The reference runs, and moves tokens otherwise; what it gets first is the shift as it is."""
+    from steerguard.backends.vllm import kernel_loop
+
     inner = partial(tampered, kernel.shift)
     with patch.object(kernel_loop, "fits", lambda *_: False), patch.object(kernel, "shift", inner):
         yield
