@@ -17,7 +17,7 @@ ORDER = [
     "errors", "embeddings", "rules", "probe", "files", "journal", "probe_file", "identity", "prompts", "traits", "guard_card",
     "guard", "metrics", "layers", "backends.base", "backends", "scorers", "judging", "fitting", "metrics.reading",
     "metrics.likelihood", "metrics.projection", "metrics.benign", "metrics.arms", "sweeping", "checking", "report", "organism",
-    "recipes", "cli",
+    "recipes", "evaluate", "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
 NUMPY_ONLY = [
