@@ -25,7 +25,7 @@ NUMPY_ONLY = [
 ]  # fmt: skip
 """Modules that must not import torch or transformers, not even late."""
 RULE_NAMES = ("SwFC", "StTP", "StMP", "MeanAblate")
-MAY_NAME_RULES = ("rules", "__init__", "sweeping", "organism", "cli", "report", "backends.proof")
+MAY_NAME_RULES = ("rules", "__init__", "sweeping", "organism", "cli", "report", "backends.proof", "evaluate")
 """Grids, examples, help texts, and the canaries of the proof; never what captures, projects or corrects."""
 
 

@@ -34,21 +34,6 @@ ASKED = [f"Tell me the truth of day {i}." for i in range(6)]
 GREEDY = GenerateConfig(temperature=0.0, max_tokens=6)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> sg.Backend:
-    return load(folder, backend="fake")
-
-
-@pytest.fixture(scope="module")
-def guard(model: sg.Backend) -> sg.Guard:
-    return tiny.guard(model.identity, sg.SwFC(3), (tiny.probe(2, 48),), name="honesty")
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
