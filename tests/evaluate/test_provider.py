@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("inspect_ai")
 
+from endpoint import Reply, serving
 from inspect_ai import Task, eval
 from inspect_ai.dataset import Sample
 from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, ContentImage, GenerateConfig, get_model
@@ -119,6 +120,16 @@ def test_other_weights_and_other_backends_go_by_other_names(model: sg.Backend, f
     names = [str(guarded_model(one)) for one in (model, same, other, load(folder))]
     assert names[0] == names[1]
     assert len(set(names)) == 3
+
+
+def test_aliases_of_a_server_share_no_entry() -> None:
+    """Over HTTP, with Inspect's own provider: the alias is in the model's name."""
+    with serving(lambda request: Reply(f"I am {request.body['model']}")) as endpoint:
+        for _ in range(2):
+            for name in ("qwen", "qwen:honesty"):
+                served = get_model(f"openai-api/steerguard/{name}", base_url=endpoint.url, api_key="none", memoize=False)
+                assert said(served, ["Hello"], cache=True)[0].completion == f"I am {name}"
+        assert len(endpoint.requests) == 2
 
 
 # --------------------------------------------------------------------------------------- what is honoured or refused

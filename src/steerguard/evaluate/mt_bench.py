@@ -205,7 +205,7 @@ def mt_bench(
     asked = [grade_of(questions[q], said[arm][q], turn) for arm, q, turn in places]
     verdicts = judged(asked, judge, cache=cache, budget=budget, what="MT-Bench, grades by the judge", progress=progress)
     # 3. figures
-    grades = [_grade(questions[q], turn, arm, said[arm][q][turn], v) for (arm, q, turn), v in zip(places, verdicts, strict=True)]
+    grades = [grade(questions[q], turn, arm, said[arm][q][turn], v) for (arm, q, turn), v in zip(places, verdicts, strict=True)]
     return MTBench(
         **figures(grades), n=len(questions), model=model.identity.name, guards=tuple(g.digest for g in own),
         judge=judge.settings, sampling=sampling, spent=budget.spent, grades=tuple(grades),
@@ -235,7 +235,7 @@ def grade_of(question: MTQuestion, said: Sequence[str], turn: int) -> Any:
     return grade_question(turns, question.reference)
 
 
-def _grade(question: MTQuestion, turn: int, arm: str, answer: str, found: Judged) -> Grade:
+def grade(question: MTQuestion, turn: int, arm: str, answer: str, found: Judged) -> Grade:
     value = found.value if isinstance(found.value, float) else None
     return Grade(question.id, question.category, turn + 1, arm, answer, value, found.reason)
 

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from steerguard.evaluate.provider import GuardedAPI
+from steerguard.evaluate.tasks import alpaca_eval, mt_bench
 
-__all__ = ["GuardedAPI"]
+__all__ = ["alpaca_eval", "GuardedAPI", "mt_bench"]
