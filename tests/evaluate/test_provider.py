@@ -124,11 +124,16 @@ def test_other_weights_and_other_backends_go_by_other_names(model: sg.Backend, f
 
 def test_aliases_of_a_server_share_no_entry() -> None:
     """Over HTTP, with Inspect's own provider: the alias is in the model's name."""
+
+    async def ask(url: str) -> list[str]:
+        told = []
+        for name in ("qwen", "qwen:honesty") * 2:
+            async with get_model(f"openai-api/steerguard/{name}", base_url=url, api_key="none", memoize=False) as served:
+                told.append((await served.generate("Hello", config=GREEDY, cache=True)).completion)
+        return told
+
     with serving(lambda request: Reply(f"I am {request.body['model']}")) as endpoint:
-        for _ in range(2):
-            for name in ("qwen", "qwen:honesty"):
-                served = get_model(f"openai-api/steerguard/{name}", base_url=endpoint.url, api_key="none", memoize=False)
-                assert said(served, ["Hello"], cache=True)[0].completion == f"I am {name}"
+        assert asyncio.run(ask(endpoint.url)) == ["I am qwen", "I am qwen:honesty"] * 2
         assert len(endpoint.requests) == 2
 
 

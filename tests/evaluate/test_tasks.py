@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import pytest
 
 pytest.importorskip("inspect_ai")
 
-from endpoint import Reply, Request, serving
+from endpoint import Reply, Request
 from inspect_ai import eval
-from inspect_ai.model import get_model
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
 from test_graded import INSTRUCTIONS, QUESTIONS, REFERENCES, chosen, graded, lines, taste
 
 import steerguard as sg
 from steerguard.errors import InputError
 from steerguard.evaluate.provider import guarded_model
-from steerguard.evaluate.tasks import alpaca_eval, drawn, mt_bench
+from steerguard.evaluate.tasks import ATTEMPTS, alpaca_eval, drawn, mt_bench
 
 # streams that Inspect leaves open
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -31,11 +32,26 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSPECT_DISPLAY", "none")
 
 
-def run(task: Any, url: str, model: Any, tmp_path: Path, **roles: Any) -> Any:
-    grader = get_model("openai-api/judge/gpt-oss-120b", base_url=url, api_key="none", memoize=False)
+class Grader:
+    """A judge in this process, by Inspect's own fake, that behaves as an endpoint of the judges' tests does."""
+
+    def __init__(self, behave: Callable[[Request], Reply]) -> None:
+        self.asked: list[str] = []
+        self._behave = behave
+        self.model = get_model("mockllm/gpt-oss-120b", custom_outputs=self._reply)
+
+    def _reply(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> ModelOutput:
+        body = {"messages": [{"role": m.role, "content": m.text} for m in input]}
+        self.asked.append(body["messages"][-1]["content"])
+        text = self._behave(Request(len(self.asked) - 1, "", {}, body)).text
+        output = ModelOutput.from_content("gpt-oss-120b", text)
+        output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)  # or it fetches a tokenizer
+        return output
+
+
+def run(task: Any, model: Any, tmp_path: Path, **roles: Any) -> Any:
     (log,) = eval(
-        task, model=model, model_roles={"grader": grader} | roles, log_dir=str(tmp_path / "logs"), max_tokens=8,
-        temperature=1.0, log_level="error",
+        task, model=model, model_roles=roles, log_dir=str(tmp_path / "logs"), max_tokens=8, temperature=1.0, log_level="error"
     )  # fmt: skip
     return log
 
@@ -50,8 +66,8 @@ def mt(tmp_path: Path) -> Any:
 
 
 def test_mt_bench_grades_both_arms(model: sg.Backend, guard: sg.Guard, tmp_path: Path) -> None:
-    with serving(graded) as endpoint:
-        log = run(mt(tmp_path), endpoint.url, guarded_model(model, guard), tmp_path, baseline=guarded_model(model))
+    grader = Grader(graded).model
+    log = run(mt(tmp_path), guarded_model(model, guard), tmp_path, baseline=guarded_model(model), grader=grader)
     assert log.status == "success", log.error
     rows = [grade for sample in log.samples for grade in sample.scores["grades"].metadata["grades"]]
     assert len(rows) == 12
@@ -76,8 +92,8 @@ def test_alpaca_eval_chooses_between_the_arms(model: sg.Backend, guard: sg.Guard
     def not_of_the_first(request: Request) -> Reply:
         return Reply("no verdict") if "day 0" in request.user else chosen(request)
 
-    with serving(not_of_the_first) as endpoint:
-        log = run(alpaca_eval(str(path)), endpoint.url, guarded_model(model, guard), tmp_path, baseline=guarded_model(model))
+    grader = Grader(not_of_the_first)
+    log = run(alpaca_eval(str(path)), guarded_model(model, guard), tmp_path, baseline=guarded_model(model), grader=grader.model)
     assert log.status == "success", log.error
     found = {sample.id: sample.scores["choices"].metadata["preference"] for sample in log.samples}
     for row in found.values():
@@ -87,6 +103,7 @@ def test_alpaca_eval_chooses_between_the_arms(model: sg.Backend, guard: sg.Guard
     unscored = [row for row in found.values() if row["value"] is None]
     assert [row["instruction"] for row in unscored] == ([0] if found[0]["guarded"] != found[0]["unguarded"] else [])
     assert log.results.scores[0].unscored_samples == len(unscored)
+    assert sum("day 0" in asked for asked in grader.asked) == ATTEMPTS * len(unscored)
     told = figures(log)
     values = [100 * row["value"] for row in found.values() if row["value"] is not None]
     assert told["win_rate"] == pytest.approx(sum(values) / len(values)) and told["win_rate_n"] == len(values)
@@ -97,18 +114,14 @@ def test_alpaca_eval_chooses_between_the_arms(model: sg.Backend, guard: sg.Guard
 def test_roles_that_cannot_be(case: str, model: sg.Backend, guard: sg.Guard, tmp_path: Path, folder: Path) -> None:
     plain = guarded_model(model)
     other = guarded_model(sg.load(folder, backend="hf")) if case == "other model" else plain
-    with serving(graded) as endpoint:
-        grader = get_model("openai-api/judge/gpt-oss-120b", base_url=endpoint.url, api_key="none", memoize=False)
-        roles = {
-            "no grader": {"baseline": plain},
-            "grades its twin": {"baseline": plain, "grader": plain},
-            "other model": {"baseline": other, "grader": grader},
-        }[case]
-        (log,) = eval(
-            mt(tmp_path), model=guarded_model(model, guard), model_roles=roles, log_dir=str(tmp_path / "logs"), max_tokens=4,
-            limit=1, log_level="error",
-        )  # fmt: skip
-        assert not endpoint.requests
+    grader = Grader(graded)
+    roles = {
+        "no grader": {"baseline": plain},
+        "grades its twin": {"baseline": plain, "grader": plain},
+        "other model": {"baseline": other, "grader": grader.model},
+    }[case]
+    log = run(mt(tmp_path), guarded_model(model, guard), tmp_path, **roles)
+    assert not grader.asked
     assert log.status == "error"
     why = {"no grader": "grader", "grades its twin": "grades itself", "other model": "without its guards"}
     assert why[case] in str(log.error)
