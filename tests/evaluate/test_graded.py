@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("inspect_ai")
 
-from endpoint import Endpoint, Reply, Request, fenced, serving, verdict
+from endpoint import Reply, Request, fenced, serving, verdict
 
 import steerguard as sg
 from steerguard.errors import InputError, JudgeError, SpendLimitReached
 from steerguard.evaluate.alpaca import AlpacaEval, alpaca_eval, first_shown, read_instructions
 from steerguard.evaluate.grading import better_question, check_grader, grade_question
 from steerguard.evaluate.mt_bench import MTBench, mt_bench, read_questions
-from steerguard.evaluate.results import as_json
+from steerguard.evaluate.results import Paired, as_json
 from steerguard.judging import JudgeConfig, SpendLimit
 
 SHORT = sg.Sampling(max_new_tokens=8, temperature=1.0)
@@ -268,5 +268,11 @@ def test_which_is_shown_first_is_about_even() -> None:
     assert 160 < drawn.count("guarded") < 240
 
 
-def test_the_endpoint_is_the_judges_tests_own() -> None:
-    assert Endpoint.__module__ == "endpoint"
+def test_what_json_cannot_hold_is_refused() -> None:
+    assert as_json({"a": (1, None, 2.5)}) == {"a": [1, None, 2.5]}
+    with pytest.raises(InputError, match="set"):
+        as_json({1, 2})
+
+
+def test_a_figure_that_is_small_is_not_shown_as_zero() -> None:
+    assert str(Paired.of([0.001, 0.003], [None, None])).startswith("unguarded 0.002 [0.001, 0.003] (n 2), guarded unscored")

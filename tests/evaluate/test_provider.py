@@ -58,7 +58,9 @@ def texts(model: sg.Backend, guards: Any = None, asked: list[str] = ASKED) -> li
 # ------------------------------------------------------------------------------------------------ what comes back
 
 
-def test_it_says_what_the_backend_says_and_counts_it(model: sg.Backend, guard: sg.Guard) -> None:
+@pytest.mark.parametrize("backend", ["fake", "hf"])
+def test_it_says_what_the_backend_says_and_counts_it(folder: Path, guard: sg.Guard, backend: str) -> None:
+    model = load(folder, backend=backend)
     guarded = guarded_model(model, guard)
     found = said(guarded)
     assert [output.completion for output in found] == texts(model, guard) != texts(model)
@@ -307,3 +309,16 @@ def test_a_bad_neighbour_fails_alone(model: sg.Backend) -> None:
     assert futures[0].result() and futures[2].result()
     with pytest.raises(InputError, match="nobody"):
         futures[1].result()
+    # and it is nobody's company afterwards
+    slow.batches.clear()
+    slow.gate.clear()
+    later = [engine.ask(request(text)) for text in ("d", "e", "f")]
+    slow.gate.set()
+    assert all(future.result() for future in later) and slow.batches == [3]
+
+
+def test_a_missing_extra_is_one_sentence() -> None:
+    code = "import sys\nsys.modules['inspect_ai'] = None\nfrom steerguard.errors import InputError\n"
+    code += "try:\n    import steerguard.evaluate.provider\nexcept InputError as error:\n    print(error)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "steerguard[evaluate]"' in found.stdout and "\n" not in found.stdout.strip()

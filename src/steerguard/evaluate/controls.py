@@ -154,7 +154,7 @@ def match(name: str, probe: Probe, rho: Doubles, target: float) -> Matched:
     if target <= 0 or not len(rho):
         raise InputError(f"a displacement to match must be above 0 and over tokens, got {target} over {len(rho)}")
     cls = RULES[name]
-    if not cls.grid and name not in ("Floor", "Ceiling"):
+    if not cls.grid and name != "Floor":
         found = rule_of(name)
         moved = mean_shift(found, probe, rho)
         return Matched(found, moved, abs(moved - target) <= CLOSE * target)

@@ -110,13 +110,15 @@ class Engine:
 
     def _serve(self, ticket: _Ticket) -> list[Answer]:
         """The ticket's answers; whoever waits and may is answered beside it."""
-        if ticket.answers is None:
-            time.sleep(self._linger)
-            try:
-                self._answer(self._company(ticket))
-            except InputError:  # a conversation that the model's template refuses must not fail its neighbours
-                self._answer([ticket])
-        self._forget(ticket)
+        try:
+            if ticket.answers is None:
+                time.sleep(self._linger)
+                try:
+                    self._answer(self._company(ticket))
+                except InputError:  # a conversation that the model's template refuses must not fail its neighbours
+                    self._answer([ticket])
+        finally:
+            self._forget(ticket)  # answered or failed, it is nobody's company any more
         assert ticket.answers is not None
         return ticket.answers
 
