@@ -37,7 +37,7 @@ def found(model: sg.Backend, trait: sg.Trait) -> tuple[sg.Guard, Controls]:
     guard = fitted.guard(sg.StTP(24), LAYER)
     pos, neg = embed(model, contrast)
     at = list(fitted).index(LAYER)
-    scenarios = trait.test[:24]
+    scenarios = trait.test[:16]
     return guard, controls(
         model, scenarios, guard, scorer=scorer_for(trait), benign=BENIGN, embeddings=(pos[:, at], neg[:, at]), directions=2,
         sampling=SAMPLING,
