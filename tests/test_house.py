@@ -17,7 +17,8 @@ ORDER = [
     "errors", "embeddings", "rules", "probe", "files", "journal", "probe_file", "identity", "prompts", "traits", "guard_card",
     "guard", "metrics", "layers", "backends.base", "backends", "scorers", "judging", "fitting", "exchange.torch_file",
     "exchange", "metrics.reading", "metrics.likelihood", "metrics.projection", "metrics.benign", "metrics.arms", "drift",
-    "recalibrating", "sweeping", "checking", "report", "organism", "recipes", "serve", "cli",
+    "recalibrating", "sweeping", "checking", "report", "organism", "recipes", "evaluate", "serve",
+    "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
 NUMPY_ONLY = [
@@ -26,7 +27,7 @@ NUMPY_ONLY = [
 ]  # fmt: skip
 """Modules that must not import torch or transformers, not even late."""
 RULE_NAMES = ("SwFC", "StTP", "StMP", "MeanAblate")
-MAY_NAME_RULES = ("rules", "__init__", "sweeping", "organism", "cli", "report", "backends.proof")
+MAY_NAME_RULES = ("rules", "__init__", "sweeping", "organism", "cli", "report", "backends.proof", "evaluate")
 """Grids, examples, help texts, and the canaries of the proof; never what captures, projects or corrects."""
 
 

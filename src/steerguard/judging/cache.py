@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from steerguard import files
 from steerguard.errors import JudgeError
 from steerguard.files import Malformed, canonical_json
 from steerguard.judging.config import JudgeConfig
-from steerguard.judging.prompts import Question
+from steerguard.judging.prompts import Kind, Question
 from steerguard.judging.verdict import NoVerdict, Verdict, read_verdict
 
 try:
@@ -150,7 +150,7 @@ def _entry(line: bytes) -> Entry:
         raise Malformed("its check does not fit what it says")
     entry = Entry(**found)
     try:
-        if entry.kind not in ("trait", "coherence", "pair"):
+        if entry.kind not in get_args(Kind):
             raise NoVerdict(f"there are no verdicts of kind {files.shown(entry.kind)}")
         read_verdict(entry.kind, canonical_json({"score": entry.value, "winner": entry.value}))  # type: ignore[arg-type]
     except NoVerdict as error:
