@@ -219,7 +219,7 @@ BAD: tuple[tuple[Any, str], ...] = (
     ({"guards": [{"name": "pushing", "strength": True}]}, "strength True is not allowed here"),
     ({"guards": [{"name": "pushing", "strength": None}]}, "strength None is not allowed here"),
     ({"guards": [{"name": "pushing", "strength": [[6]]}]}, "strength [[6]] is not allowed here"),
-    ({"guards": [{"name": "still", "strength": 11}]}, "strength 11 is not allowed here; allowed is 20"),
+    ({"guards": [{"name": "still", "strength": 11}]}, "strength 11 is not allowed here; allowed is 36"),
     ({"guards": [{"name": "still", "positions": "response"}]}, "are not allowed here; allowed is all"),
     ({"guards": [{"name": "pushing", "positions": "prompt"}]}, "are not allowed here; allowed is response, all"),
     ({"guards": [{"name": "pushing", "positions": ["all"]}]}, "are not allowed here; allowed is response, all"),
