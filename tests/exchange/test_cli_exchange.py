@@ -81,7 +81,7 @@ def test_from_another_tools_vectors_to_a_control_vector(run: Run, model: Path, t
     refused(run("fit", model, "-t", trait, "-o", "one", "--directions", "one.npy", *SHORT), "which layer")
     code, out, _ = run("fit", model, "-t", trait, "-o", "one", "--directions", "one.npy", "--directions-layer", "3", *SHORT)
     assert code == 0
-    assert "--layer 3" in out  # the suggestion is a layer that there is
+    assert "steerguard sweep one --judge MODEL@URL -o guard.guard" in out  # how to go on
     # a guard of it, exported
     build = ("build", "fit", "-l", "1", "-l", "3", "--allow-weak")
     assert run(*build, "-o", "shift.guard", "-r", "SwFC", "-a", "2")[0] == 0
