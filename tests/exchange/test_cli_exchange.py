@@ -82,6 +82,9 @@ def test_from_another_tools_vectors_to_a_control_vector(run: Run, model: Path, t
     code, out, _ = run("fit", model, "-t", trait, "-o", "one", "--directions", "one.npy", "--directions-layer", "3", *SHORT)
     assert code == 0
     assert "steerguard sweep one --judge MODEL@URL -o guard.guard" in out  # how to go on
+    code, out, err = run("sweep", "one", "-t", trait, "--dry-run")  # which takes probes on given directions, too
+    assert (code, err) == (0, "")
+    assert "settings on" in out
     # a guard of it, exported
     build = ("build", "fit", "-l", "1", "-l", "3", "--allow-weak")
     assert run(*build, "-o", "shift.guard", "-r", "SwFC", "-a", "2")[0] == 0

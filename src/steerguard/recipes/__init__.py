@@ -66,7 +66,8 @@ class Drawing(_Part):
 class Fitting(_Part):
     """How directions are learnt."""
 
-    direction: Direction = "logistic"
+    direction: Direction | Literal["given"] = "logistic"
+    "given: on directions of another tool, which `steerguard fit --directions` has put into the folder"
     context: Context = "own"
     allow_weak: bool = False
 

@@ -119,6 +119,8 @@ def probes_of(recipe: Recipe, data: Trait, folder: Path, model: Backend, progres
                 f"fit them again: steerguard fit {recipe.model} --trait {recipe.trait} -o {folder} --overwrite"
             )
         return probes
+    if recipe.fit.direction == "given":
+        raise RecipeError(f"{folder} holds no probes on given directions; fit first, with --directions FILE -o {folder}")
     probes = fit(
         model, data, direction=recipe.fit.direction, context=recipe.fit.context, allow_weak=recipe.fit.allow_weak,
         sampling=recipe.as_sampling(), store=folder / CONTRAST, progress=progress,
