@@ -1,62 +1,37 @@
-"""The command line: `steerguard demo | fit | sweep | report | build | ask | show | check | serve | recalibrate | export`.
-
-What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
-under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once.
-
-Exit status: 0 done, 1 a guard does not steer, 2 the input cannot be used, 130 interrupted.
-"""
+"""The commands that make something of a model: `demo`, `fit`, `build`, `sweep`, `report`, `recalibrate`."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from steerguard.errors import InputError, OutputExists, SteerguardError
-
-if TYPE_CHECKING:
-    from steerguard.backends.base import Backend, Sampling
-    from steerguard.fitting import Stage
-    from steerguard.guard import Guard
-
-app = typer.Typer(
-    name="steerguard",
-    help="Activation steering of language models as a runtime defence (arXiv 2604.08169).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from steerguard.cli.shared import (
+    BackendName,
+    DeviceMap,
+    Dtype,
+    Engine,
+    GuardPath,
+    MaxNewTokens,
+    ModelName,
+    ModelOption,
+    Overrides,
+    Overwrite,
+    Positions,
+    Quantization,
+    Seed,
+    Temperature,
+    TopP,
+    app,
+    engine_options,
+    load_model,
+    progressing,
+    sampling_of,
 )
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="hub name or local folder; `organism` is the bundled model")]
-GuardPath = Annotated[Path, typer.Argument(metavar="GUARD", help="a .guard file")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="hub name or folder; by default the guard's own model")]
-Allow = Annotated[
-    list[str],
-    typer.Option("--allow-mismatch", help="a difference to waive: architecture, weights, tokenizer or chat_template"),
-]
-BackendName = Annotated[str, typer.Option(help="hf (transformers), vllm, or fake (numpy, Llama only)")]
-Engine = Annotated[
-    list[str], typer.Option("--engine", metavar="KEY=VALUE", help="an option of the backend, such as tensor_parallel_size=2")
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-DeviceMap = Annotated[str | None, typer.Option(help="where the weights go: auto, cpu, cuda, cuda:1, ...")]
-Quantization = Annotated[str | None, typer.Option(help="8bit or 4bit")]
-Positions = Annotated[str, typer.Option(help="all (prompt and answer) or response (answer only)")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
-TopP = Annotated[float, typer.Option(min=0, max=1)]
-Seed = Annotated[int, typer.Option(min=0)]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a setting of the recipe, such as grid.layers=[20-30]")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")]
+from steerguard.errors import InputError, OutputExists
 
 
 @app.command()
@@ -70,7 +45,7 @@ def demo(
     from steerguard.organism import demo as organism_demo
     from steerguard.report import terminal
 
-    with _progress() as progress:
+    with progressing() as progress:
         result = organism_demo.run(out, traits=traits or list(organism_demo.TRAITS), progress=progress)
     terminal.show_demo(result)
     if json is not None:
@@ -117,12 +92,12 @@ def fit(
         raise OutputExists(f"{out / fitting.PROBES} exists; choose another folder with -o, or pass --overwrite")
     chosen = find_trait(trait)
     given = None if directions is None else exchange.read_directions(directions, layer=directions_layer)
-    loaded = _load(model, backend, dtype=dtype, device_map=device_map, quantization=quantization, **_engine(engine))
+    loaded = load_model(model, backend, dtype=dtype, device_map=device_map, quantization=quantization, **engine_options(engine))
     options: dict[str, Any] = {
-        "context": context, "sampling": _sampling(temperature, top_p, seed, max_new_tokens),
+        "context": context, "sampling": sampling_of(temperature, top_p, seed, max_new_tokens),
         "store": out / fitting.CONTRAST, "allow_weak": allow_weak,
     }  # fmt: skip
-    with _progress() as progress:
+    with progressing() as progress:
         if given is not None and directions is not None:
             probes = fitting.fit_statistics(loaded, chosen, given, source=directions.name, progress=progress, **options)
         else:
@@ -187,7 +162,7 @@ def sweep(
     options = {
         "load.backend": backend, "load.dtype": dtype, "load.device_map": device_map, "load.quantization": quantization,
         "trait": trait, "search.screen": screen, "search.stride": stride, "test": test,
-        "beside": [str(path) for path in beside] or None, "load.engine": _engine(engine) or None,
+        "beside": [str(path) for path in beside] or None, "load.engine": engine_options(engine) or None,
         "judge.judges": [{"model": one, "key_env": judge_key_env} for one in judge] or None,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
@@ -203,7 +178,7 @@ def sweep(
             refuse_existing(path, overwrite=overwrite)
     with terminal.loading(chosen.model):
         model = open_model(chosen)
-    with _progress() as progress:
+    with progressing() as progress:
         outcome = run(chosen, folder, model=model, command=shlex.join(["steerguard", *sys.argv[1:]]), progress=progress)
     terminal.show_sweep(outcome)
     if outcome.sweep.winner is None:
@@ -238,120 +213,6 @@ def report(
 
 
 @app.command()
-def show(guard: GuardPath) -> None:
-    """What is in a guard file: from what data, for which model, how chosen."""
-    from steerguard.guard import Guard
-    from steerguard.report import terminal
-
-    terminal.show_guard(Guard.load(guard))
-
-
-@app.command()
-def ask(
-    guard: GuardPath,
-    question: Annotated[str, typer.Argument(help="what to ask; `-` reads it from standard input")],
-    system: Annotated[str | None, typer.Option(help="the system prompt, such as a malicious one")] = None,
-    model: ModelOption = None, allow_mismatch: Allow = [],  # noqa: B006
-    temperature: Temperature = 0.6, top_p: TopP = 0.9, seed: Seed = 42, max_new_tokens: MaxNewTokens = 1024,
-    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
-    engine: Engine = [],  # noqa: B006
-) -> None:  # fmt: skip
-    """Both answers to one question: unguarded and guarded, each token by its projection."""
-    from steerguard.prompts import conversation
-    from steerguard.report import terminal
-
-    text = sys.stdin.read().strip() if question == "-" else question.strip()
-    if not text:
-        raise InputError('the question is empty; ask something, for example: steerguard ask honesty.guard "Who founded it?"')
-    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
-    loaded_guard, loaded = _open(guard, model, allow_mismatch, backend, **options)
-    sampling = _sampling(temperature, top_p, seed, max_new_tokens)
-    prompt = conversation(system, [text])
-    unguarded = loaded.generate(prompt, sampling=sampling)[0]
-    guarded = loaded.generate(prompt, guards=loaded_guard, sampling=sampling, trace=True)[0]
-    terminal.show_answers(loaded, loaded_guard, unguarded, guarded)
-
-
-@app.command()
-def check(
-    guard: GuardPath,
-    model: ModelOption = None, allow_mismatch: Allow = [],  # noqa: B006
-    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
-    engine: Engine = [],  # noqa: B006
-    json: Annotated[Path | None, typer.Option(help="also write the result to this file")] = None,
-) -> None:  # fmt: skip
-    """Is it really steering? Exit 1 if not."""
-    from steerguard import checking
-    from steerguard.report import terminal
-
-    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
-    loaded_guard, loaded = _open(guard, model, allow_mismatch, backend, **options)
-    report = checking.check(loaded, loaded_guard)
-    terminal.show_check(report)
-    if json is not None:
-        from steerguard.files import write_json
-
-        write_json(json, report.as_dict(), overwrite=True)
-    if not report.passed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def serve(
-    guards: Annotated[
-        list[str] | None, typer.Argument(metavar="GUARD... [-- FLAGS]", help="guard files, all required; flags for vLLM after --")
-    ] = None,
-    policy: Annotated[Path | None, typer.Option(help="a policy file instead of guard files; see docs/serving.md")] = None,
-    model: ModelOption = None,
-    name: Annotated[str | None, typer.Option(help="what requests call the model; by default the last part of its name")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is everybody")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="answers that are written side by side")] = 8,
-    queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more get a 429")] = 64,
-    audit: Annotated[Path | None, typer.Option(help="append a line about each request to this file")] = None,
-    audit_text: Annotated[bool, typer.Option("--audit-text", help="prompts and answers go into it, too")] = False,
-    backend: BackendName = "hf", dtype: Dtype = "auto", device_map: DeviceMap = None, quantization: Quantization = None,
-    engine: Engine = [],  # noqa: B006
-) -> None:  # fmt: skip
-    """An OpenAI-compatible server under which required guards cannot be asked away.
-
-    --backend hf serves one batch at a time: good for a laptop and for tests. For a crowd, --backend vllm starts vLLM's
-    own server with the same policy.
-    """
-    from steerguard.serve import start
-
-    found = list(guards or [])
-    first = next((i for i, word in enumerate(found) if word.startswith("-")), len(found))
-    limits = start.Limits(max_tokens=max_tokens, rows=batch, waiting=queue)
-    place = start.Place(host, port, name, audit, audit_text)
-    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
-    start.start([Path(word) for word in found[:first]], policy, model, backend, place, limits, flags=found[first:], **options)
-
-
-@app.command()
-def export(
-    guard: GuardPath,
-    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
-    to: Annotated[str, typer.Option(help="gguf: a llama.cpp control vector")] = "gguf",
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a guard for another tool; refused if the file could not do what the guard does."""
-    from steerguard import exchange
-    from steerguard.guard import Guard
-    from steerguard.report import terminal
-
-    if to != "gguf":
-        raise InputError(f"a guard can be exported to gguf, not to {to!r}")
-    loaded = Guard.load(guard)
-    exchange.export_gguf(loaded, out, overwrite=overwrite)
-    layers = ", ".join(map(str, loaded.layers))
-    terminal.note(f"{out}: {loaded.rule} on layers {layers}, for {loaded.model.name}")
-    terminal.note(f"  llama-server -m MODEL.gguf --control-vector {out}")
-    terminal.note("llama.cpp checks nothing but the width: serve it with the model that the guard was made for")
-
-
-@app.command()
 def recalibrate(
     guard: GuardPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="the new guard file")],
@@ -383,87 +244,9 @@ def recalibrate(
     sampling = recalibrating.sampling_of(old)
     if max_new_tokens is not None:
         sampling = replace(sampling, max_new_tokens=max_new_tokens)
-    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **_engine(engine)}
-    loaded = _load(model or old.model.name, backend, **options)
-    with _progress() as progress:
+    options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **engine_options(engine)}
+    loaded = load_model(model or old.model.name, backend, **options)
+    with progressing() as progress:
         found = recalibrating.recalibrate(old, loaded, chosen, asked, sampling=sampling, store=store, progress=progress)
     found.guard.save(out, overwrite=overwrite)
     terminal.show_recalibrated(found, out)
-
-
-# ------------------------------------------------------------------------------------------------ shared
-
-
-def _load(name: str, backend: str, **options: Any) -> Backend:
-    from steerguard.backends import load
-    from steerguard.report import terminal
-
-    with terminal.loading(name):
-        return load(name, backend=backend, **{k: v for k, v in options.items() if v not in (None, "auto")})
-
-
-def _engine(given: list[str]) -> dict[str, Any]:
-    """Options as KEY=VALUE, the value as YAML reads it."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not equals or not key.isidentifier() or key in found:
-            raise InputError(f"--engine takes KEY=VALUE, each key once, got {one!r}")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--engine {one!r}: the value is no YAML: {' '.join(str(error).split())}") from error
-    return found
-
-
-def _open(path: Path, model: str | None, allow_mismatch: list[str], backend: str, **options: Any) -> tuple[Guard, Backend]:
-    """A guard and the model it is asked to steer; refused if they do not belong together."""
-    from steerguard.guard import Guard
-
-    guard = Guard.load(path)
-    loaded = _load(model or guard.model.name, backend, **options)
-    return guard.for_model(loaded.identity, allow_mismatch=tuple(allow_mismatch)), loaded
-
-
-def _sampling(temperature: float, top_p: float, seed: int, max_new_tokens: int) -> Sampling:
-    from steerguard.backends.base import Sampling
-
-    return Sampling(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
-
-
-@contextmanager
-def _progress() -> Iterator[Stage]:
-    from steerguard.report import terminal
-
-    with terminal.progress() as report:
-        yield report
-
-
-def main() -> None:
-    """The entry point: what went wrong becomes one sentence, never a traceback."""
-    interrupted = "interrupted; what was finished is kept, the same command goes on from there"
-    try:
-        status = app(standalone_mode=False)
-        if status == 130:  # how typer reports Ctrl-C
-            _told(interrupted, 130)
-    except SteerguardError as error:
-        status = _told(str(error), 2 if isinstance(error, InputError) else 1)
-    except typer.TyperException as error:  # a wrong option or argument
-        status = _told(f"{error}; try --help", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        status = _told(interrupted, 130)
-    except BrokenPipeError:  # whoever read our output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    raise SystemExit(status or 0)
-
-
-def _told(sentence: str, status: int) -> int:
-    print(f"steerguard: {sentence}", file=sys.stderr)  # noqa: T201
-    return status
-
-
-if __name__ == "__main__":
-    main()

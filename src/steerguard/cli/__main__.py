@@ -1,0 +1,5 @@
+"""`python -m steerguard.cli` is `steerguard`."""
+
+from steerguard.cli import main
+
+main()
