@@ -14,11 +14,11 @@ import steerguard
 
 ROOT = Path(steerguard.__file__).parent
 ORDER = [
-    "errors", "embeddings", "rules", "probe", "files", "journal", "probe_file", "identity", "prompts", "traits", "guard_card",
-    "guard", "metrics", "layers", "backends.base", "backends", "scorers", "judging", "fitting", "exchange.torch_file",
-    "exchange", "metrics.reading", "metrics.likelihood", "metrics.projection", "metrics.benign", "metrics.arms", "drift",
-    "recalibrating", "sweeping", "checking", "report", "organism", "recipes", "evaluate", "serve",
-    "cli",
+    "errors", "embeddings", "rules", "probe", "files", "strict_yaml", "journal", "probe_file", "identity",
+    "prompts", "traits", "guard_card", "guard", "metrics", "layers", "backends.base", "backends", "scorers",
+    "judging", "fitting", "exchange.torch_file", "exchange", "metrics.reading", "metrics.likelihood",
+    "metrics.projection", "metrics.benign", "metrics.arms", "drift", "recalibrating", "sweeping", "checking",
+    "report", "organism", "recipes", "evaluate", "serve", "cli",
 ]  # fmt: skip
 """From top to bottom; a module imports only what stands above it, or its own room."""
 NUMPY_ONLY = [

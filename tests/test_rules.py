@@ -65,6 +65,8 @@ def paper(rule: Rule, rho: float, p: Stats) -> float:
             return (p.mu_pos + p.mu_neg) / 2
         case "Ablate":
             return 0.0
+        case "Watch":
+            return rho
     raise AssertionError(f"{rule.name} has no transcription: write its equation here")
 
 

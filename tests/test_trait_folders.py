@@ -385,7 +385,7 @@ def head(old: str, new: str) -> str:
         (head("title:", "\ttitle:"), 3, "this is not YAML"),
         (head("title", "titel"), 3, "unknown key 'titel'; allowed are schema, name, title"),
         (head("rubric: |\n  Is it true?\n", ""), 1, "the trait lacks the key 'rubric'"),
-        (head("name: honesty", "name: no"), 2, "'name' of the trait must be text, got False"),
+        (head("name: honesty", "name: false"), 2, "'name' of the trait must be text, got False"),
         (head("name: honesty", "name: a/b"), 2, "'name' may have letters"),
         (head("Honesty about rivers", "'  '"), 3, "'title' must not be empty"),
         (head("schema: 1", "schema: 2"), 1, "schema 2 is not known, this steerguard reads 1; upgrade steerguard"),
@@ -404,7 +404,7 @@ def head(old: str, new: str) -> str:
         (HEAD + "name: again\n", 15, "the key 'name' stands on line 2 already"),
         (head("  name: honest\n", "  name: honest\n  name: also\n"), 6, "the key 'name' stands on line 5 already"),
         (HEAD + "x: !!python/object/apply:os.system [ls]\n", 15, "this is not YAML: could not determine a constructor"),
-        (HEAD + "? [a, b]\n: c\n", 15, "this is not YAML|unknown key"),
+        (HEAD + "? [a, b]\n: c\n", 15, "is no text; put it in quotes"),
     ],
 )
 def test_a_bad_head_is_named(tmp_path: Path, text: str, line: int, what: str) -> None:

@@ -42,7 +42,7 @@ _HOME = {
     "guard": ("Guard",),
     "identity": ("ModelIdentity",),
     "probe": ("Probe",),
-    "rules": ("Ablate", "Ceiling", "Floor", "Gate", "MeanAblate", "Rule", "StMP", "StTP", "SwFC", "Target", "rule"),
+    "rules": ("Ablate", "Ceiling", "Floor", "Gate", "MeanAblate", "Rule", "StMP", "StTP", "SwFC", "Target", "Watch", "rule"),
     "sweeping": ("sweep",),
     "traits": ("Scenario", "Trait", "trait"),
 }
@@ -51,7 +51,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "Ablate", "Answer", "Backend", "Ceiling", "check", "collect", "Contrast", "Fit", "fit", "Floor", "Gate",
     "GREEDY", "Guard", "load", "MeanAblate", "ModelIdentity", "Probe", "Rule", "rule", "Sampling", "Scenario",
-    "SteerguardError", "StMP", "StTP", "sweep", "SwFC", "Target", "Trait", "trait",
+    "SteerguardError", "StMP", "StTP", "sweep", "SwFC", "Target", "Trait", "trait", "Watch",
 ]  # fmt: skip
 
 

@@ -319,6 +319,17 @@ class MeanAblate(Rule):
 
 @register
 @dataclass(frozen=True)
+class Watch(Rule):
+    """Only look: every token is read along v and none is moved, bit for bit."""
+
+    summary = "move nothing, only read the projections"
+
+    def compile(self, probe: Statistics) -> Gate:
+        return SHUT
+
+
+@register
+@dataclass(frozen=True)
 class Ablate(Rule):
     """Directional ablation: the component along v is removed from every token."""
 

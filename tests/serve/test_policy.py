@@ -294,12 +294,12 @@ def key_in(**words: Any) -> dict[str, Any]:
 
 BAD: tuple[tuple[Any, str], ...] = (
     ("", "the file"),
-    ("guards: [must.guard", "no YAML"),
-    ("guards: [must.guard]\nguards: []\n", "'guards' stands there twice"),
-    ("guards:\n- {file: must.guard, required: true, required: false}\n", "'required' stands there twice"),
+    ("guards: [must.guard", "not YAML"),
+    ("guards: [must.guard]\nguards: []\n", "'guards' stands on line 1 already"),
+    ("guards:\n- {file: must.guard, required: true, required: false}\n", "'required' stands on line 2 already"),
     ("guards: [&a must.guard, *a]", "anchors and aliases are not read"),
-    ("guards: !!python/object/apply:os.system ['true']", "no YAML"),
-    ("guards: [must.guard]\n1: 2\n", "which is no text"),
+    ("guards: !!python/object/apply:os.system ['true']", "not YAML"),
+    ("guards: [must.guard]\n1: 2\n", "is no text"),
     ({"guards": []}, "serves no guards"),
     ({"guards": ["must.guard", "must.guard"]}, "names of their own"),
     ({"guards": ["must.guard"], "gaurds": []}, "gaurds: Extra inputs are not permitted"),

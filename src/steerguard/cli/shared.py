@@ -63,7 +63,7 @@ def load_model(name: str, backend: str, **options: Any) -> Backend:
 
 def engine_options(given: list[str]) -> dict[str, Any]:
     """Options as KEY=VALUE, the value as YAML reads it."""
-    import yaml
+    from steerguard import strict_yaml
 
     found: dict[str, Any] = {}
     for one in given:
@@ -71,9 +71,9 @@ def engine_options(given: list[str]) -> dict[str, Any]:
         if not equals or not key.isidentifier() or key in found:
             raise InputError(f"--engine takes KEY=VALUE, each key once, got {one!r}")
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--engine {one!r}: the value is no YAML: {' '.join(str(error).split())}") from error
+            found[key] = strict_yaml.read(value)
+        except strict_yaml.NotYaml as error:
+            raise InputError(f"--engine {one!r}: {error}") from error
     return found
 
 

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from steerguard import files
+from steerguard import files, strict_yaml
 from steerguard.backends.base import Sampling
 from steerguard.errors import InputError, RecipeError
 from steerguard.files import shown
@@ -241,9 +240,9 @@ def recipe(
     if not path.exists():
         raise RecipeError(f"there is no recipe and no file {shown(name)}; bundled are {', '.join(bundled())}")
     try:
-        value = yaml.load(files.read_bounded(path, limit=MAX_BYTES, error=RecipeError), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        value = strict_yaml.read(files.read_bounded(path, limit=MAX_BYTES, error=RecipeError))
+    except strict_yaml.NotYaml as error:
+        raise RecipeError(error.at(path)) from error
     return build(value, overrides, given=given, source=str(path))
 
 
@@ -298,9 +297,9 @@ def _read(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(part.isidentifier() for part in key.split(".")):
             raise RecipeError(f"an override is KEY=VALUE, such as sampling.seed=7, got {shown(override)}")
         try:
-            out[key] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{shown(override)}: the value is no YAML") from error
+            out[key] = strict_yaml.read(text)
+        except strict_yaml.NotYaml as error:
+            raise RecipeError(f"{shown(override)}: {error}") from error
     return out
 
 
@@ -329,20 +328,3 @@ def _sentence(error: ValidationError | InputError) -> str:
     if first["type"] == "missing":
         return f"the setting {key} is missing"
     return f"{key}: {first['msg'].removeprefix('Value error, ')}, got {shown(first['input'])}"
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which every key stands once."""
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

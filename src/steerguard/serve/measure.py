@@ -21,11 +21,8 @@ import numpy as np
 from steerguard.backends.base import Answer, Floats, Trace
 from steerguard.errors import NotSteering
 from steerguard.guard import Guard
-from steerguard.rules import rule, shift
+from steerguard.rules import Watch, shift
 from steerguard.serve.policy import Decision, Ruled
-
-SHUT_RULE = ("SwFC", 0.0)
-"""A rule and a strength that compile to a gate that moves nothing, with every probe."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Measured:
 @lru_cache(maxsize=256)
 def silenced(guard: Guard) -> Guard:
     """The same guard with every gate shut: it looks and moves nothing."""
-    return replace(guard, rule=rule(*SHUT_RULE), positions="all")
+    return replace(guard, rule=Watch(), positions="all")
 
 
 def installed(decision: Decision) -> tuple[Guard, ...]:

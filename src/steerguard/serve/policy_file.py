@@ -21,12 +21,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from steerguard import files
+from steerguard import files, strict_yaml
 from steerguard.backends.vllm.catalogue import GuardSettings
 from steerguard.errors import InputError
 from steerguard.files import shown
@@ -131,8 +130,11 @@ def key_digest(key: str) -> str:
 
 def read(path: Path) -> PolicyFile:
     """The policy of a file; guard files are looked for beside it. Raises InputError, which names the file and the key."""
-    data = files.read_bounded(path, limit=MAX_BYTES, error=InputError)
-    return parse(_yaml(data, path), str(path), beside=path.parent)
+    try:
+        value = strict_yaml.read(files.read_bounded(path, limit=MAX_BYTES, error=InputError))
+    except strict_yaml.NotYaml as error:
+        raise InputError(error.at(path)) from error
+    return parse(value, str(path), beside=path.parent)
 
 
 def of_guards(paths: Sequence[Path], *, trace: bool) -> PolicyFile:
@@ -165,42 +167,3 @@ def _tuples(value: object) -> object:
     if isinstance(value, dict):
         return {key: _tuples(one) for key, one in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-# ----------------------------------------------------------------------------------------------------------- YAML
-
-
-class _Strict(yaml.SafeLoader):
-    """YAML that says everything once and refers to nothing; `off` is a word here, as are `on`, `yes` and `no`."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not read", problem_mark=None)
-        return super().compose_node(parent, index)
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str) or key in found:
-            what = "twice" if isinstance(key, str) else "which is no text"
-            raise yaml.MarkedYAMLError(problem=f"the key {shown(key)} stands there {what}", problem_mark=key_node.start_mark)
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
-
-
-_Strict.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Strict.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not (tag.endswith(":bool") and first not in "tTfF")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _yaml(data: bytes, path: Path) -> object:
-    try:
-        return yaml.load(data, Loader=_Strict)
-    except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML that can be used: {' '.join(str(error).split())}") from error

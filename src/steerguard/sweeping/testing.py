@@ -10,7 +10,7 @@ from steerguard.backends.base import Backend, Sampling
 from steerguard.fitting import Stage, prompts_of
 from steerguard.guard import Guard
 from steerguard.journal import Journal
-from steerguard.rules import Floor
+from steerguard.rules import Watch
 from steerguard.scorers import Score, Scorer, scorer_for
 from steerguard.sweeping.answers import Answers, Kept, Row
 from steerguard.sweeping.points import Figures, Setting
@@ -19,8 +19,6 @@ from steerguard.traits import Scenario, Trait
 
 TEST_JOURNAL = "test.jsonl"
 """The file of a fit's folder that the answers to the test scenarios are kept in."""
-BELOW_ALL = -1e30
-"""A floor that no projection is below: a guard that reads and never moves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +50,7 @@ def compare(
 ) -> list[Arm]:
     """Aligned, malicious and every guard on the `test` scenarios.
 
-    The baselines are read along the first guard's direction, by a gate that never opens.
+    The baselines are read along the first guard's direction, by a guard that only looks.
 
     Args:
         beside: guards that are on in every arm but the aligned one, before the arm's own.
@@ -80,4 +78,4 @@ def compare(
 
 def reader(guard: Guard) -> Guard:
     """A guard that reads where this one does, on all positions, and moves nothing."""
-    return replace(guard, rule=Floor(BELOW_ALL), positions="all", provenance={"reads": guard.digest})
+    return replace(guard, rule=Watch(), positions="all", provenance={"reads": guard.digest})

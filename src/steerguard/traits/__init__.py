@@ -61,11 +61,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
-from steerguard import files
+from steerguard import files, strict_yaml
 from steerguard.errors import TraitError
-from steerguard.files import BOM, Malformed, shown
+from steerguard.files import Malformed, shown
 from steerguard.probe import MIN_PAIRS
 from steerguard.traits.grammar import MAX_BYTES, Grammar, known_schema, one_sentence, read_grammar
 
@@ -298,7 +296,10 @@ _POLE: dict[str, files.Kind] = {"name": str, "description": str}
 
 def _head(path: Path) -> dict[str, Any]:
     """The fields of a Trait that `trait.yaml` gives, and the name of its grammar's file."""
-    value, lines = _yaml(path)
+    try:
+        value, lines = strict_yaml.read_with_lines(files.read_bounded(path, limit=2**20, error=TraitError))
+    except strict_yaml.NotYaml as error:
+        raise TraitError(error.at(path)) from error
     part = ""
     try:
         head = files.take(value, "the trait", _HEAD, {"grammar": str, "licence": str})
@@ -338,29 +339,3 @@ def _not_empty(texts: dict[str, str]) -> dict[str, str]:
         if not text.strip():
             raise Malformed(f"{key!r} must not be empty", key)
     return texts
-
-
-def _yaml(path: Path) -> tuple[object, dict[tuple[str, str | None], int]]:
-    """What a YAML file says, and the line of each (parent key, key); the parent of the first level is ''."""
-    data = files.read_bounded(path, limit=2**20, error=TraitError)
-    lines: dict[tuple[str, str | None], int] = {}
-    try:
-        text = data.removeprefix(BOM).decode("utf-8")
-        for parent, key, line in _keys(yaml.compose(text, Loader=yaml.SafeLoader), ""):
-            if (parent, key) in lines:
-                raise TraitError(f"{path}:{line}: the key {shown(key)} stands on line {lines[parent, key]} already")
-            lines[parent, key] = line
-        return yaml.safe_load(text), lines
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise TraitError(f"{path}:{line}: this is not YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise TraitError(f"{path}: this is not YAML: {str(error).splitlines()[0]}") from error
-
-
-def _keys(node: yaml.Node | None, parent: str, depth: int = 0) -> Iterator[tuple[str, str, int]]:
-    """(parent key, key, line) of a mapping and the mappings in it; nothing deeper is ever asked for."""
-    if isinstance(node, yaml.MappingNode) and depth < 2:
-        for key, value in node.value:
-            yield parent, str(key.value), key.start_mark.line + 1
-            yield from _keys(value, str(key.value), depth + 1)
