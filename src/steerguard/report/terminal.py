@@ -365,6 +365,8 @@ def show_sweep(outcome: Outcome) -> None:
         )  # fmt: skip
     _out().print(table)
     note(f"select: {found.aligned.n} scenarios, {found.tried} settings; wins: how often other scenarios would choose the same")
+    if weak := [str(one.layer) for one in outcome.result.probes if one.weak]:
+        note(f"layers not tried, since their probes read nothing that was held out: {', '.join(weak)}")
     for name, why in found.refused.items():
         note(f"{'* ' if name in found.barred else ''}{name} has no operating point: {why}")
     for text in (found.not_looked, found.changed):
