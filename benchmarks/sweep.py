@@ -76,14 +76,14 @@ def main() -> None:
     parser.add_argument("--backend", default="hf", choices=("hf", "vllm"))
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--scenarios", type=int, nargs="+", default=[8, 32], help="select scenarios that a setting answers")
+    parser.add_argument("--trait", nargs="+", default=["honesty", "compassion"], help="of the bundled model")
     parser.add_argument("--rows", type=int, default=256, help="rows of one batch")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     model: Any = sg.load("organism", backend=given.backend)
     own = guards(model, given.layers)
-    select = sg.trait("organism-honesty").select
     if given.backend == "vllm":
-        prompts = [prompts_of(s)[1] for s in select]
+        prompts = [prompts_of(s)[1] for s in sg.trait("organism-honesty").select]
         pairs = []
         for i in range(given.rounds + 1):  # the first warms up
             swept, _ = timed(lambda: batched(model, prompts, own, len(prompts) * len(own)))
@@ -94,19 +94,32 @@ def main() -> None:
         print(f"{len(own)} settings x {len(prompts)} scenarios in one call, tokens per second over the same rows unguarded:")
         told("  throughput", [(tokens / swept) / (unguarded / plain) for swept, plain in pairs])
         return
-    for n in given.scenarios:
-        prompts = [prompts_of(s)[1] for s in select[:n]]
-        whole, ones, singles = [], [], []
-        for _ in range(given.rounds):
-            together, a = timed(lambda prompts=prompts: batched(model, prompts, own, given.rows))  # type: ignore[misc]
-            apart, b = timed(lambda prompts=prompts: one_at_a_time(model, prompts, own))  # type: ignore[misc]
-            single, c = timed(lambda prompts=prompts: alone(model, prompts, own[:4]))  # type: ignore[misc]
-            whole.append(apart / together)
-            ones.append(single * len(own) / 4 / together)
-            singles = [x.ids != y.ids for x, y in zip(a, b, strict=True)] + [x.ids != y.ids for x, y in zip(a, c, strict=False)]
-        print(f"{len(own)} settings x {n} scenarios, {given.rows} rows at a time; {sum(singles)} answers differ")
-        told("  faster than one setting at a time (its scenarios in one batch)", whole)
-        told("  faster than one answer at a time (of 4 settings)", ones)
+    for trait in given.trait:
+        for n in given.scenarios:
+            batching(model, own, [prompts_of(s)[1] for s in sg.trait(f"organism-{trait}").select[:n]], trait, given)
+
+
+def batching(model: Any, own: Sequence[Guard], prompts: Sequence[Any], trait: str, given: argparse.Namespace) -> None:
+    """Three ways to the same answers, each round in another order; the first round warms up."""
+    few = own[:4]
+    ways: dict[str, Callable[[], list[Any]]] = {
+        "together": lambda: batched(model, prompts, own, given.rows), "apart": lambda: one_at_a_time(model, prompts, own),
+        "alone": lambda: alone(model, prompts, few),
+    }  # fmt: skip
+    apart, single, differing, tokens = [], [], 0, 0.0
+    for i in range(given.rounds + 1):
+        order = list(ways) if i % 2 else list(reversed(ways))
+        took = {name: timed(ways[name]) for name in order}
+        (together, a), (one, b), (each, c) = (took[name] for name in ways)
+        differing += sum(x.ids != y.ids for x, y in [*zip(a, b, strict=True), *zip(a, c, strict=False)])
+        tokens = statistics.mean(len(x.ids) for x in a)
+        if i:
+            apart.append(one / together)
+            single.append(each * len(own) / len(few) / together)
+    print(f"{trait}, {len(own)} settings x {len(prompts)} scenarios, answers of {tokens:.0f} tokens")
+    print(f"  {given.rows} rows at a time; {differing} answers differ")
+    told("  faster than one setting at a time (its scenarios in one batch)", apart)
+    told(f"  faster than one answer at a time (of {len(few)} settings)", single)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def divergences(
     guards: Mapping[K, Guard],
     *,
     positions: Positions = "response",
+    idle: Mapping[K, Sequence[bool]] | None = None,
     progress: Stage | None = None,
 ) -> dict[K, list[float | None]]:
     """KL(unguarded || guarded) of the next token, in nats, the mean over each conversation's predictions.
@@ -61,6 +62,8 @@ def divergences(
     A guard that moves no token of a conversation leaves exactly 0. One unguarded forward serves all guards.
 
     Args:
+        idle: per guard and conversation, true where it is known to move no token (`metrics.benign.fires` tells): that
+            is 0 without a forward.
         positions: `response`: the predictions of the answer's tokens, None for an answer without any; `all`: those of
             the prompt's tokens too, all but its first.
 
@@ -72,8 +75,12 @@ def divergences(
     check_unguarded(model)
     out: dict[K, list[float | None]] = {key: [] for key in guards}
     for i, (prompt, answer) in enumerate(each(exchanges, progress, "conversations read for KL")):
-        unguarded = _predictions(model, prompt, answer, positions)
+        still = {key for key in guards if idle and idle[key][i] and (len(answer) or positions == "all")}
+        unguarded = _predictions(model, prompt, answer, positions) if still < guards.keys() else None
         for key, guard in guards.items():
+            if key in still:
+                out[key].append(0.0)
+                continue
             guarded = None if unguarded is None else _predictions(model, prompt, answer, positions, guard)
             if unguarded is None or guarded is None:
                 out[key].append(None)

@@ -7,16 +7,13 @@ conversations to show. It measures and chooses with the same functions as everyb
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
-import torch
 
 import steerguard
 from steerguard.backends import load
@@ -25,6 +22,7 @@ from steerguard.errors import InputError
 from steerguard.fitting import CONTRAST, Stage, fit
 from steerguard.guard import Guard
 from steerguard.organism.capability import benign, capability
+from steerguard.organism.side_by_side import tell, workers
 from steerguard.sweeping import (
     JOURNAL,
     PAPER_RULES,
@@ -131,49 +129,47 @@ def run(out: Path, *, traits: Sequence[str] = tuple(TRAITS), progress: Stage | N
         if name not in TRAITS:
             raise InputError(f"the bundled model has no trait {name!r}; it has {', '.join(TRAITS)}")
     start = time.monotonic()
-    models = [load("organism") for _ in traits]
-    stop = Event()
-    with _shared_processor(len(traits)), ThreadPoolExecutor(len(traits) + 1) as pool:
-        unguarded = pool.submit(capability, models[0], sampling=SAMPLING)
-        work = [
-            pool.submit(_line, model, name, out, unguarded, _stage(progress, name, stop))
-            for model, name in zip(models, traits, strict=True)
-        ]
-        try:
-            done = [one.result() for one in work]
-        finally:
-            stop.set()  # after an error or Ctrl-C, the other trait ends at its next report
-    return DemoResult([result for result, _ in done], [path for _, paths in done for path in paths], time.monotonic() - start)
+    lines = sorted(traits, key=list(TRAITS).index, reverse=True)  # the longest first
+    with workers(len(traits), progress) as pool:
+        work = {name: pool.submit(_line, name, out) for name in lines}
+        unguarded = pool.submit(_unguarded)  # whoever is done first takes it
+        done = {name: one.result() for name, one in work.items()}
+        scores = dict.fromkeys(("aligned", "malicious"), unguarded.result())
+    results = [replace(done[name], capability={**scores, **done[name].capability}) for name in traits]
+    guards = [out / f"{name}-{rule}.guard" for name in traits for rule in done[name].sweep.best]
+    return DemoResult(results, guards, time.monotonic() - start)
 
 
-@contextmanager
-def _shared_processor(n: int) -> Iterator[None]:
-    """Inside, torch takes the n-th part of its threads: on a model this small, n lines side by side are faster than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // n))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+@cache
+def _model() -> Backend:
+    return load("organism")
 
 
-def _line(model: Backend, name: str, out: Path, unguarded: Future[float], stage: Stage) -> tuple[TraitResult, list[Path]]:
-    """Fit, sweep, test and save for one trait."""
-    data = trait(TRAITS[name])
+def _unguarded() -> float:
+    """The unguarded model's score under neutral prompts."""
+    return capability(_model(), sampling=SAMPLING)
+
+
+def _line(name: str, out: Path) -> TraitResult:
+    """Fit, sweep and test for one trait, and save the guards of the rules that found an operating point."""
+
+    def stage(what: str, done: int, total: int, rate: float = 0.0, /) -> None:
+        tell(f"{name}: {what}", done, total, rate)
+
+    model, data = _model(), trait(TRAITS[name])
     probes = fit(model, data, sampling=SAMPLING, store=out / name / CONTRAST, progress=stage)
     probes.save(out / name, overwrite=True)
     found = sweep(
         model, data, probes, settings=grid(probes), benign=benign(), search=Search(screen=SCREEN), sampling=SAMPLING,
         store=out / name / JOURNAL, progress=stage,
     )  # fmt: skip
-    result = _test(model, data, found, unguarded, out / name / TEST_JOURNAL, stage)
-    paths = {rule: out / f"{name}-{rule}.guard" for rule in found.best}
-    for rule, path in paths.items():
-        found.guard_of(rule).save(path, overwrite=True)
-    return result, list(paths.values())
+    result = _test(model, data, found, out / name / TEST_JOURNAL, stage)
+    for rule in found.best:
+        found.guard_of(rule).save(out / f"{name}-{rule}.guard", overwrite=True)
+    return result
 
 
-def _test(model: Backend, data: Trait, found: Sweep, unguarded: Future[float], store: Path, progress: Stage) -> TraitResult:
+def _test(model: Backend, data: Trait, found: Sweep, store: Path, progress: Stage) -> TraitResult:
     """The test split, read once: every arm's answers, the neutral prompts, and the examples.
 
     A rule that benign prompts alone refused is tested too, where it would have stood: what it would cost is a result.
@@ -181,7 +177,7 @@ def _test(model: Backend, data: Trait, found: Sweep, unguarded: Future[float], s
     shown = {**found.barred, **found.best}
     guards = {rule: found.guard_at(shown[rule]) for rule in PAPER_RULES if rule in shown}
     arms = compare(model, data, guards, sampling=SAMPLING, store=store, progress=progress)
-    scores = dict.fromkeys(("aligned", "malicious"), unguarded.result())
+    scores: dict[str, float | None] = {}
     for done, (rule, guard) in enumerate(guards.items()):
         progress("neutral prompts", done, len(guards))
         scores[rule] = capability(model, guards=guard, sampling=SAMPLING)
@@ -238,15 +234,3 @@ def _figures(result: TraitResult) -> dict[str, Any]:
         "capability": result.capability["aligned"],
         "n": aligned.n, "settings": result.sweep.tried, "rules": rules,
     }  # fmt: skip
-
-
-def _stage(progress: Stage | None, trait_name: str, stop: Event) -> Stage:
-    """Progress of one trait's line, which ends there once `stop` is set."""
-
-    def tell(what: str, done: int, total: int, rate: float = 0.0, /) -> None:
-        if stop.is_set():
-            raise CancelledError
-        if progress is not None:
-            progress(f"{trait_name}: {what}", done, total, rate)
-
-    return tell

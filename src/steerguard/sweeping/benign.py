@@ -14,7 +14,7 @@ import numpy as np
 from steerguard.backends.base import Backend
 from steerguard.fitting import Fit, Stage
 from steerguard.journal import Journal, content_key
-from steerguard.metrics.benign import fires
+from steerguard.metrics.benign import Fired, fires
 from steerguard.metrics.likelihood import divergences
 from steerguard.metrics.reading import Exchange
 from steerguard.prompts import Prompt
@@ -52,26 +52,29 @@ class BenignCosts:
         self._read: list[Exchange] = [(p, kept.ids) for p, kept in zip(benign.prompts, self._unguarded, strict=True)]
         self._content = content_key([[prompt, list(ids)] for prompt, ids in self._read])
         self._kl: dict[str, float | None] = {}
+        self._fired: dict[Setting, list[Fired]] = {}
         for record in journal.records:
             if record.get("read") == self._content:
                 self._kl |= record["kl"]
 
     def __call__(self, settings: Sequence[Setting]) -> Mapping[Setting, Cost]:
         guards = {setting: setting.guard(self._probes) for setting in settings}
-        # 1. KL, the slowest: one forward for each prompt and guard
-        missing = {guard.digest: guard for guard in guards.values() if guard.digest not in self._kl}
+        # 1. where gates fire: one forward for each prompt
+        fired = self._fires(settings)
+        # 2. KL: one forward more for each prompt and guard that fires there
+        missing = {guard.digest: setting for setting, guard in guards.items() if guard.digest not in self._kl}
         if missing:
-            found = divergences(self._model, self._read, missing, progress=self._progress)
+            idle = {digest: [one.moved == 0 for one in fired[setting]] for digest, setting in missing.items()}
+            of = {digest: guards[setting] for digest, setting in missing.items()}
+            found = divergences(self._model, self._read, of, idle=idle, progress=self._progress)
             new = {digest: _mean(values) for digest, values in found.items()}
             self._journal.add({"read": self._content, "kl": new})
             self._kl |= new
-        # 2. where gates fire: one forward for each prompt
-        fired = self.fire_rates(settings)
         # 3. what answers are worth, where that is known
         answers = self._guarded(settings)
         return {
             setting: Cost(
-                gated=gated(setting, self._probes), kl=self._kl[guard.digest], fire_rate=fired[setting][0],
+                gated=gated(setting, self._probes), kl=self._kl[guard.digest], fire_rate=_rates(fired[setting])[0],
                 lost=None if own is None else self._benign.mean(self._unguarded) - self._benign.mean(own),
                 changed=None if own is None else _changed(own, self._unguarded), n=len(self._benign.prompts),
             )
@@ -80,13 +83,14 @@ class BenignCosts:
 
     def fire_rates(self, settings: Sequence[Setting]) -> dict[Setting, tuple[float | None, float]]:
         """Of each setting, the share of benign tokens that it would move, and how far: mean |delta| in class separations."""
-        guards = {setting: setting.guard(self._probes) for setting in settings}
-        out: dict[Setting, tuple[float | None, float]] = {}
-        for setting, found in fires(self._model, self._read, guards, progress=self._progress).items():
-            seen = sum(one.seen for one in found)
-            shift = sum(one.total_shift for one in found)
-            out[setting] = (sum(one.moved for one in found) / seen, shift / seen) if seen else (None, 0.0)
-        return out
+        return {setting: _rates(found) for setting, found in self._fires(settings).items()}
+
+    def _fires(self, settings: Sequence[Setting]) -> dict[Setting, list[Fired]]:
+        """What each setting would do to each prompt's conversation."""
+        missing = {s: s.guard(self._probes) for s in settings if s not in self._fired}
+        if missing:
+            self._fired |= fires(self._model, self._read, missing, progress=self._progress)
+        return {setting: self._fired[setting] for setting in settings}
 
     def _guarded(self, settings: Sequence[Setting]) -> list[list[Kept]] | list[None]:
         """The answers of each setting to the prompts; None where nothing could be learnt from them."""
@@ -96,6 +100,12 @@ class BenignCosts:
         flat = self._answers.of(rows, "benign prompts answered under settings")
         n = len(self._benign.prompts)
         return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+def _rates(found: Sequence[Fired]) -> tuple[float | None, float]:
+    """The share of tokens that would be moved, and the mean |delta| in class separations."""
+    seen = sum(one.seen for one in found)
+    return (sum(one.moved for one in found) / seen, sum(one.total_shift for one in found) / seen) if seen else (None, 0.0)
 
 
 def gated(setting: Setting, probes: Fit) -> bool:
