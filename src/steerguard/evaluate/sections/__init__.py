@@ -21,12 +21,24 @@ from steerguard.evaluate.section import (
 )
 
 __all__ = [
-    "Context", "Estimate", "Figure", "Limit", "Row", "Section", "section", "SectionResult", "SECTIONS", "suite", "SUITES",
+    "Context", "Estimate", "Figure", "figure_names", "Limit", "Row", "Section", "section", "SectionResult", "SECTIONS",
+    "suite", "SUITES",
 ]  # fmt: skip
 
-SECTIONS: dict[str, str] = {}
+_HERE = "steerguard.evaluate.sections"
+SECTIONS: dict[str, str] = {
+    "trait": f"{_HERE}.trait:Trait",
+    "benign": f"{_HERE}.benign:Benign",
+    "capability": f"{_HERE}.capability:Capability",
+    "benchmarks": f"{_HERE}.benchmarks:Benchmarks",
+    "mt_bench": f"{_HERE}.graded:MTBench",
+    "alpaca_eval": f"{_HERE}.graded:AlpacaEval",
+    "turns": f"{_HERE}.turns:Turns",
+    "controls": f"{_HERE}.controls:Controls",
+    "prompts": f"{_HERE}.prompts:Prompts",
+}
 """name -> module:class, in the order in which they are run and shown."""
-SUITES: dict[str, tuple[str, ...]] = {"quick": ()}
+SUITES: dict[str, tuple[str, ...]] = {"quick": ("trait", "benign", "capability", "turns", "controls", "prompts")}
 """name -> the sections of it; `full` is all of them."""
 
 
@@ -37,6 +49,11 @@ def section(name: str) -> Section:
     module, _, cls = SECTIONS[name].partition(":")
     made: Section = getattr(import_module(module), cls)()
     return made
+
+
+def figure_names() -> list[str]:
+    """The names of all figures of all sections."""
+    return [figure.name for name in SECTIONS for figure in section(name).figures]
 
 
 def suite(names: Sequence[str]) -> list[Section]:

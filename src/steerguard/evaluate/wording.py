@@ -1,0 +1,57 @@
+"""Figures of a card as words: how many digits, the interval, n."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from steerguard.evaluate.results import Paired
+from steerguard.evaluate.section import Part, Verdict
+from steerguard.metrics import Interval
+
+UNSCORED = "not measured"
+VERDICTS: Mapping[Verdict, str] = {
+    "over": "limit exceeded", "undecided": "not decided", "within": "kept", "free": "", "missing": UNSCORED,
+}  # fmt: skip
+PARTS: Mapping[Part, str] = {"buys": "What it buys", "costs": "What it costs", "fails": "Where it fails"}
+"""The parts of a card, in order."""
+
+
+def number(value: float | None, *, signed: bool = False) -> str:
+    """A number with two or three digits that mean something: 93.5, 0.042, 1,240."""
+    if value is None:
+        return UNSCORED
+    size = abs(value)
+    digits = 0 if size >= 1000 else 1 if size >= 9.995 or size == 0 else min(4, 2 - math.floor(math.log10(size)))
+    digits = min(digits, 2) if size >= 1 else digits
+    text = f"{value:{'+' if signed else ''},.{digits}f}"
+    return text.replace("-", "−") if any(c in "123456789" for c in text) else text.lstrip("+-")
+
+
+def span(found: Interval | None) -> str:
+    """`[61.0, 84.2]`; empty where there is none."""
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"[{number(found.low)}, {number(found.high)}]"
+
+
+def shown(found: Interval | None, *, signed: bool = False) -> str:
+    """Mean and interval."""
+    if found is None:
+        return UNSCORED
+    ends = span(found)
+    return f"{number(found.mean, signed=signed)}{f' {ends}' if ends else ''}"
+
+
+def counted(found: Interval | None) -> str:
+    """`n 38`, with what is unscored."""
+    if found is None:
+        return ""
+    return f"n\N{NO-BREAK SPACE}{found.n}{f', {found.unscored} unscored' if found.unscored else ''}"
+
+
+def arms(value: Interval | Paired | None) -> tuple[str, str, str]:
+    """Unguarded, guarded and change; a single interval stands under guarded."""
+    if isinstance(value, Paired):
+        return shown(value.unguarded), shown(value.guarded), shown(value.change, signed=True)
+    return "", shown(value), ""
