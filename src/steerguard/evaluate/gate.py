@@ -15,6 +15,7 @@ It knows cards and names. It runs nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ def _demand(name: object, value: object, known: Collection[str]) -> Demand:
     found = files.take(value, name, {}, kinds)
     if not {"at_most", "at_least"} & set(found):
         raise Malformed(f"{name} needs at_most or at_least, or one of the words {', '.join(WORDS)}")
+    for key in {"at_most", "at_least"} & set(found):
+        if not math.isfinite(found[key]):
+            raise Malformed(f"{key!r} of {name} must be finite, got {found[key]}")
     if found.get("of", OF[0]) not in OF:
         raise Malformed(f"'of' of {name} must be one of {', '.join(OF)}, got {files.shown(found['of'])}")
     return Demand(name, **found)

@@ -181,6 +181,13 @@ class Estimate:
         return Estimate(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
 
 
+def in_the_small_world(trait: Trait) -> bool:
+    """Whether a trait's sentences are all of the bundled model's world."""
+    from steerguard.organism.capability import scorer
+
+    return trait.grammar is not None and set(trait.grammar.replies) <= set(scorer().grammar.replies)
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What every section is given."""
@@ -210,8 +217,8 @@ class Context:
 
     @property
     def organism(self) -> bool:
-        "whether the model speaks the bundled world's language, so that its answers are scored exactly"
-        return self.trait.grammar is not None and self.trait.name.startswith("organism-")
+        "whether the trait is one of the bundled model's world, in which every answer can be scored exactly"
+        return in_the_small_world(self.trait)
 
     def take(self, quick: int, full: int | None = None) -> int | None:
         """How many of something this size looks at; None: all."""

@@ -12,14 +12,14 @@ from pathlib import Path
 from steerguard import recalibrating
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
-from steerguard.evaluate.section import Context, Size
+from steerguard.evaluate.section import Context, Size, in_the_small_world
 from steerguard.guard import Guard
 from steerguard.judging import Budget, JudgeConfig, JudgeScorer, SpendLimit, judge_from
 from steerguard.organism.capability import right, tasks
 from steerguard.prompts import conversation
 from steerguard.scorers import Scorer, scorer_for
 from steerguard.sweeping import Benign
-from steerguard.traits import Trait
+from steerguard.traits import Trait, bundled
 from steerguard.traits import trait as find_trait
 
 MOST = 500
@@ -63,7 +63,7 @@ def context(model: Backend, guard: Guard, asked: Asked, *, folder: Path | None) 
     for what, path in (("--data", asked.data), ("--fit", asked.fit)):
         if path is not None and not path.is_dir():
             raise InputError(f"{what} must be a folder, and there is none at {path}")
-    trait = find_trait(asked.trait or recalibrating.trait_of(guard))
+    trait = find_trait(asked.trait or _trait_of(guard))
     judges = tuple(judge_from(name, key_env=asked.judge_key_env) for name in asked.judges)
     budget = Budget(SpendLimit(calls=asked.max_calls))
     return Context(
@@ -71,6 +71,18 @@ def context(model: Backend, guard: Guard, asked: Asked, *, folder: Path | None) 
         sampling=_sampling(guard, asked), seed=42 if asked.seed is None else asked.seed, size=asked.size, folder=folder,
         data=asked.data, fit=asked.fit, judge=judges[0] if judges else None, budget=budget, batch=asked.batch,
     )  # fmt: skip
+
+
+def _trait_of(guard: Guard) -> str:
+    """The bundled trait that the guard was fitted on, known by its content. Raises InputError if there is none."""
+    name, record = recalibrating.trait_of(guard), guard.provenance["trait"]
+    for own in bundled():
+        if find_trait(own).digest == record.get("sha256"):
+            return own
+    raise InputError(
+        f"guard {guard.name!r} was fitted on a trait {name!r} that is not among the bundled ones, or on another version of it; "
+        "give its folder, or a bundled trait, with --trait"
+    )
 
 
 def _sampling(guard: Guard, asked: Asked) -> Sampling:
@@ -91,7 +103,7 @@ def _scorer(trait: Trait, judges: Sequence[JudgeConfig], budget: Budget, folder:
 
 def _benign(trait: Trait, path: Path | None) -> Benign:
     """A file's prompts, the bundled world's questions for a trait of that world, or the bundled prompts."""
-    if path is None and trait.grammar is not None and trait.name.startswith("organism-"):
+    if path is None and in_the_small_world(trait):
         asked = tasks()
         prompts = tuple(conversation(task.system, task.turns) for task in asked)
         return Benign(prompts, lambda i, text: right(asked[i], text))

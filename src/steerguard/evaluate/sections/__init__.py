@@ -61,6 +61,6 @@ def suite(names: Sequence[str]) -> list[Section]:
     wanted: set[str] = set()
     for name in names:
         if name not in SECTIONS and name not in (*SUITES, "full"):
-            raise InputError(f"there is no suite {name!r}; there are quick, full, and {', '.join(SECTIONS)}")
+            raise InputError(f"there is no suite {name!r}; there are quick, full, {', '.join(SECTIONS)}")
         wanted |= set(SECTIONS if name == "full" else SUITES.get(name, (name,)))
     return [section(name) for name in SECTIONS if name in wanted]

@@ -96,7 +96,8 @@ class Turns(Section):
         own = local(context, "turns", f"{context.trait.name}.jsonl")
         if own is not None:
             return scripts(own)
-        return scripts(context.trait.name) if context.trait.name in bundled() else None
+        name = f"organism-{context.trait.name}" if context.organism else context.trait.name
+        return scripts(name) if name in bundled() else None
 
     def _plan(self, context: Context) -> tuple[Sequence[Script], int]:
         users = self._users(context) or ()
