@@ -15,7 +15,6 @@ from steerguard.cli.shared import (
     DeviceMap,
     Dtype,
     Engine,
-    GuardPath,
     ModelOption,
     Overwrite,
     Quantization,
@@ -24,6 +23,7 @@ from steerguard.cli.shared import (
     open_both,
     progressing,
 )
+from steerguard.errors import InputError
 
 if TYPE_CHECKING:
     from steerguard.evaluate.card import Card
@@ -39,7 +39,7 @@ Demands = Annotated[
 
 @app.command()
 def evaluate(
-    guard: GuardPath,
+    guard: Annotated[Path | None, typer.Argument(metavar="GUARD", help="a .guard file")] = None,
     suite: Suites = [],  # noqa: B006
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="folder for the card and all that it is made of; else GUARD.evaluation")
@@ -77,6 +77,8 @@ def evaluate(
     if figures:
         show_figures(sections.suite(["full"]))
         return
+    if guard is None:
+        raise InputError("which guard? Give its file: steerguard evaluate honesty.guard")
     wanted = suite or [DEFAULT]
     chosen = sections.suite(wanted)
     demands = () if fail_below is None else gate.read_demands(fail_below, sections.figure_names())

@@ -67,14 +67,14 @@ def show_estimates(found: Mapping[str, Estimate | str], context: Context) -> Non
 def show_figures(sections: Sequence[Section]) -> None:
     """What `evaluate --figures` prints: names for a file of limits."""
     table = Table(title="figures, for --fail-below", title_justify="left")
-    for column in ("name", "what", "unit", "limit", "whose"):
+    table.add_column("name", no_wrap=True)
+    for column in ("what", "unit", "limit"):
         table.add_column(column)
     for section in sections:
         for figure in section.figures:
             limit = figure.limit
             of = "" if limit is None or limit.of == "guarded" else f" ({limit.of})"
-            own = ("", "") if limit is None else (f"{limit}{of}", limit.source)
-            table.add_row(figure.name, figure.label, figure.unit, *own)
+            table.add_row(figure.name, figure.label, figure.unit, "" if limit is None else f"{limit}{of}; {limit.source}")
     show(table)
 
 
