@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 
 import steerguard as sg
 import tiny
+from steerguard.cli import main
 from steerguard.evaluate import card_file
 from steerguard.evaluate.matching import shuffled_direction, standing_as
 from steerguard.fitting import CONTRAST, Contrast, Fit, collect, embed, fit, prompts_of
@@ -23,6 +25,7 @@ from steerguard.probe import fit_probe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 LAYER = 4
+Run = Callable[..., tuple[object, str, str]]
 
 
 def told(at: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,9 +36,23 @@ def told(at: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------------------------------------------ without the model
 
 
-def test_the_figures_are_listed(tmp_path: Path) -> None:
-    done = told(tmp_path, "evaluate", "--figures")
-    assert done.returncode == 0 and "benign.kl" in done.stdout and "at most 0.1" in done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command line in this process: exit status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["steerguard", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_figures_are_listed(run: Run) -> None:
+    code, out, _ = run("evaluate", "--figures")
+    assert code == 0 and "benign.kl" in out and "at most 0.1" in out
 
 
 @pytest.mark.parametrize(
@@ -46,15 +63,14 @@ def test_the_figures_are_listed(tmp_path: Path) -> None:
         (["--trait", "none"], "there is no trait"), ([], "was fitted on a trait 'honesty' that is not among the bundled ones"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_evaluated_is_one_sentence(folder: Path, tmp_path: Path, more: list[str], why: str) -> None:
-    from steerguard.backends import load
-
-    identity = load(folder, backend="fake").identity
+def test_what_cannot_be_evaluated_is_one_sentence(
+    model: sg.Backend, folder: Path, tmp_path: Path, run: Run, more: list[str], why: str
+) -> None:
     record = {"trait": {"name": "honesty", "sha256": "0"}}
-    guard = replace(tiny.guard(identity, sg.StTP(3), (tiny.probe(2, 48),)), provenance=record)
+    guard = replace(tiny.guard(model.identity, sg.StTP(3), (tiny.probe(2, 48),)), provenance=record)
     guard.save(tmp_path / "own.guard")
-    done = told(tmp_path, "evaluate", "own.guard", "--backend", "fake", "--model", str(folder), *more)
-    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+    code, _, err = run("evaluate", "own.guard", "--backend", "fake", "--model", str(folder), *more)
+    assert code == 2 and why in err
     assert not (tmp_path / "own.evaluation").exists()
 
 
