@@ -76,6 +76,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "visible": answers.visible, "arms": wording.arms, "counted": wording.counted, "shown": wording.shown,
+        "first": wording.first, "others": wording.others, "limit": wording.limit,
         "thin": lambda text: Markup("&nbsp;").join(str(text).split(" ")),
     }  # fmt: skip
     return environment

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from steerguard.evaluate.results import Paired
-from steerguard.evaluate.section import Part, Verdict
+from steerguard.evaluate.section import Limit, Part, Row, Verdict
 from steerguard.metrics import Interval
 
 UNSCORED = "not measured"
@@ -48,6 +48,26 @@ def counted(found: Interval | None) -> str:
     if found is None:
         return ""
     return f"n\N{NO-BREAK SPACE}{found.n}{f', {found.unscored} unscored' if found.unscored else ''}"
+
+
+def first(row: Row) -> str:
+    """What of a pair stands first: the change where that is limited, else the guarded arm; empty for a single interval."""
+    if not isinstance(row.value, Paired):
+        return ""
+    return "guarded" if row.figure.limit is None else row.figure.limit.of
+
+
+def others(row: Row) -> list[tuple[str, str]]:
+    """The rest of a pair."""
+    if not isinstance(row.value, Paired):
+        return []
+    parts = {"unguarded": row.value.unguarded, "guarded": row.value.guarded, "change": row.value.change}
+    return [(name, shown(found, signed=name == "change")) for name, found in parts.items() if name != first(row)]
+
+
+def limit(held: Limit) -> str:
+    """`at least −2`."""
+    return str(held).replace("-", "−")
 
 
 def arms(value: Interval | Paired | None) -> tuple[str, str, str]:
