@@ -165,6 +165,7 @@ def test_every_arm_is_there_and_moves_as_far(found: Controls) -> None:
             assert abs(arm.shift / found.target - 1) > 0.01, arm.name
     assert [arm.name for arm in found.arms if not arm.matched] == ["Ablate", "ungated"]
     ungated = found.arm("ungated")
+    assert set(found.fits) == set(FOUND) and all(abs(cosine) < 0.99 for cosine in found.fits.values())
     assert ungated.shift > found.target and ungated.rule == "Target(12)"
     orthogonal, random = found.arm("orthogonal-1").cosine, found.arm("random-1").cosine
     assert orthogonal is not None and random is not None and abs(orthogonal) < 1e-5 < abs(random) < 0.6

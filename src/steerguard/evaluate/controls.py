@@ -50,7 +50,7 @@ from steerguard.journal import Journal
 from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered_interval
 from steerguard.metrics.likelihood import divergences
 from steerguard.metrics.reading import Exchange, check_unguarded
-from steerguard.probe import Probe, fit_probe
+from steerguard.probe import Direction, Probe, fit_probe
 from steerguard.prompts import Prompt
 from steerguard.rules import RULES, StTP, Target
 from steerguard.scorers import Score, Scorer
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 COMPARED = ("SwFC", "StTP", "StMP", "Floor", "Target", "Ablate")
 """The rules that are compared at one displacement."""
-FOUND = ("logistic", "mean-difference")
+FOUND: tuple[Direction, ...] = ("logistic", "mean-difference")
 """How a direction may be found."""
 SAME = 0.9999
 """Cosine from which two directions are one."""
@@ -102,6 +102,8 @@ class Controls:
     """All arms: `unguarded` and `aligned` first, then the guard, directions and rules."""
 
     arms: tuple[Control, ...]
+    fits: Mapping[str, float]
+    "how a direction may be found -> its cosine with the guard's, read from the embeddings; empty without them"
     target: float
     "the guard's mean |delta|, in units of the residual stream"
     tokens: int
@@ -181,7 +183,8 @@ def controls(
         plain = answers.of([Row(prompt) for prompt in misaligned], "controls, unguarded", whole=True)
         best = answers.of([Row(prompt) for prompt in aligned], "controls, aligned")
         exchanges = [(prompt, kept.ids) for prompt, kept in zip(misaligned, plain, strict=True)]
-        plan, target, tokens = _plan(model, exchanges, guard, embeddings, directions, rules, seed)
+        fits = _fits(guard, embeddings)
+        plan, target, tokens = _plan(model, exchanges, guard, embeddings, fits, directions, rules, seed)
         # 2. every arm's answers and scores
         said = {"unguarded": [kept.text for kept in plain], "aligned": [kept.text for kept in best]}
         for one in plan:
@@ -193,7 +196,8 @@ def controls(
     read = [(prompt, kept.ids) for prompt, kept in zip(benign, harmless, strict=True)]
     kl = divergences(model, read, {one.name: one.guard for one in plan}, progress=progress) if read else {}
     return Controls(
-        arms=_arms(plan, scores, kl, [scenario.id for scenario in scenarios]), target=target, tokens=tokens,
+        arms=_arms(plan, scores, kl, [scenario.id for scenario in scenarios]),
+        fits={name: float(own.v @ guard.probes[0].v) for name, own in fits.items()}, target=target, tokens=tokens,
         scenarios=len(scenarios), benign=len(benign), model=model.identity.name, guard=guard.digest,
         scorer=dict(scorer.identity), sampling=sampling, seed=seed,
     )  # fmt: skip
@@ -211,7 +215,7 @@ class _Planned:
 
 def _plan(
     model: Backend, exchanges: Sequence[Exchange], guard: Guard, embeddings: tuple[Floats, Floats] | None,
-    directions: int, rules: Sequence[str], seed: int,
+    fits: Mapping[str, Probe], directions: int, rules: Sequence[str], seed: int,
 ) -> tuple[list[_Planned], float, int]:  # fmt: skip
     """The arms that are guarded, the displacement, and over how many tokens."""
     probe, rng = guard.probes[0], np.random.default_rng(seed)
@@ -231,7 +235,7 @@ def _plan(
         found = match(guard.rule.name, own, on_v, target)
         control = replace(guard, name=name, probes=(own,), rule=found.rule, provenance={"control": name}, allow_weak=True)
         plan.append(_Planned(name, "direction", control, found.shift, found.matched, float(v @ probe.v)))
-    plan += _fitted(model, exchanges, guard, embeddings, target)
+    plan += _fitted(model, exchanges, guard, fits, target)
     for name in rules:
         found = match(name, probe, rho, target)
         control = replace(guard, name=name, rule=found.rule, provenance={"control": name})
@@ -244,23 +248,27 @@ def _plan(
     return plan, target, len(rho)
 
 
-def _fitted(
-    model: Backend, exchanges: Sequence[Exchange], guard: Guard, embeddings: tuple[Floats, Floats] | None, target: float
-) -> list[_Planned]:
-    """The guard's rule along the directions that other ways of fitting find in the same embeddings."""
+def _fits(guard: Guard, embeddings: tuple[Floats, Floats] | None) -> dict[str, Probe]:
+    """The probe that each way of fitting finds in the embeddings."""
     if embeddings is None:
-        return []
-    probe, groups = guard.probes[0], np.arange(len(embeddings[0]), dtype=np.int64)
+        return {}
+    layer, groups = guard.probes[0].layer, np.arange(len(embeddings[0]), dtype=np.int64)
+    return {name: fit_probe(*embeddings, layer=layer, groups=groups, direction=name) for name in FOUND}
+
+
+def _fitted(
+    model: Backend, exchanges: Sequence[Exchange], guard: Guard, fits: Mapping[str, Probe], target: float
+) -> list[_Planned]:
+    """The guard's rule along what other ways of fitting find; not along a direction that is the guard's own."""
     plan = []
-    for name in FOUND:
-        own: Probe = fit_probe(*embeddings, layer=probe.layer, groups=groups, direction=name)  # type: ignore[arg-type]
-        cosine = float(own.v @ probe.v)
+    for name, own in fits.items():
+        cosine = float(own.v @ guard.probes[0].v)
         if cosine > SAME:
-            continue  # the guard's own
+            continue
         try:
             own_guard = replace(guard, name=name, probes=(own,), provenance={"control": name}, allow_weak=True)
-        except RuleError:
-            continue  # its boundary does not lie between its classes
+        except RuleError:  # its boundary does not lie between its classes; its cosine is told all the same
+            continue
         (rho,) = projections(model, exchanges, guard, [own.v])
         found = match(guard.rule.name, own, rho, target)
         plan.append(_Planned(name, "fit", replace(own_guard, rule=found.rule), found.shift, found.matched, cosine))

@@ -40,6 +40,7 @@ from steerguard.traits import trait as find_trait
 log = logging.getLogger(__name__)
 NEIGHBOURS = 24
 """Test scenarios that each neighbour answers."""
+BATCH = 96
 COHERENT = 0.9
 """Share of the aligned coherence that an answer must keep; the paper's."""
 
@@ -72,7 +73,7 @@ def run(folder: Path, out: Path, suites: Sequence[str] = ("full",)) -> dict[str,
 def evaluated(model: Backend, guard: Guard, folder: Path, name: str, suites: Sequence[str]) -> Card:
     """The card of one guard, kept in a folder of its own."""
     own = folder / f"{name}-{guard.rule.name}.evaluation"
-    asked = setting.Asked(fit=folder / name, size=setting.size_of(suites, None))
+    asked = setting.Asked(fit=folder / name, size=setting.size_of(suites, None), batch=BATCH)
     context = setting.context(model, guard, asked, folder=own)
     log.info("evaluating %s", guard)
     card = running.evaluate(replace(context, progress=_told), suite(suites), suites=suites)

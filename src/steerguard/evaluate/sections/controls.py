@@ -82,6 +82,9 @@ class Controls(Section):
             name, value = only_highest([(arm.name, arm.less_than_guard) for arm in others if arm.matched or family == "gate"])
             values[f"controls.{key}"] = value
             why[f"controls.{key}"] = self._told(arms.get(name)) if value is not None else "there is no such arm for this guard"
+        if values["controls.other_fit"] is None and found.fits:
+            cosines = ", ".join(f"{name} {cosine:.5f}" for name, cosine in found.fits.items())
+            why["controls.other_fit"] = f"no other fit to compare: cosine with the guard's direction: {cosines}"
         values["controls.ungated_kl"] = arms["ungated"].kl if "ungated" in arms else None
         if "ungated" not in arms:
             why["controls.ungated_kl"] = "there is no such arm for this guard"
