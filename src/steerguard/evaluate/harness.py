@@ -88,7 +88,7 @@ class GuardedLM(LM):  # type: ignore[misc]
                 pass
         self.model, self.guards, self.batch, self.usage = model, guards, batch, Usage()
         self.name = canonical_name(model.identity.name, model, {}, guards)
-        self._tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        self._tokenizer: Any = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
 
     # ------------------------------------------------------------------------------------------- what texts are
 
@@ -169,15 +169,15 @@ class GuardedLM(LM):  # type: ignore[misc]
             raise InputError(f"likelihoods need a tokenizer, and the backend {self.model.name} shows none; pass tokenizer=")
         out = []
         for request in requests:
-            found = self._likelihood(*request.args)
+            found = self._likelihood(self._tokenizer, *request.args)
             self.cache_hook.add_partial("loglikelihood", request.args, found)
             out.append(found)
         return out
 
-    def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+    def _likelihood(self, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
         messages, begun = self._opened(context)
-        ids = tuple(self._tokenizer(begun + continuation, add_special_tokens=False)["input_ids"])
-        skip = len(self._tokenizer(begun, add_special_tokens=False)["input_ids"]) if begun else 0
+        ids = tuple(tokenizer(begun + continuation, add_special_tokens=False)["input_ids"])
+        skip = len(tokenizer(begun, add_special_tokens=False)["input_ids"]) if begun else 0
         logits = self.model.logits(messages, ids[:-1], guards=self.guards)
         predicted = logits[len(logits) - len(ids) :][skip:]
         self.usage.calls += 1

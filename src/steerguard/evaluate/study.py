@@ -29,7 +29,7 @@ from steerguard.evaluate.card import Card
 from steerguard.evaluate.results import as_json
 from steerguard.evaluate.sections import suite
 from steerguard.fitting import Fit
-from steerguard.guard import Guard
+from steerguard.guard import Guard, Positions
 from steerguard.metrics import Interval, bootstrap_interval, recovered_interval
 from steerguard.organism import demo
 from steerguard.recipes.prompts import spread
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 NEIGHBOURS = 24
 """Test scenarios that each neighbour answers."""
 BATCH = 96
+WHERE: tuple[Positions, ...] = ("all", "response")
 COHERENT = 0.9
 """Share of the aligned coherence that an answer must keep; the paper's."""
 
@@ -85,7 +86,7 @@ def evaluated(model: Backend, guard: Guard, folder: Path, name: str, suites: Seq
 def positions(model: Backend, name: str, guards: dict[str, Guard], folder: Path) -> dict[str, Any]:
     """Each guard on all positions and on the answer alone, on all test scenarios."""
     data = find_trait(demo.TRAITS[name])
-    arms = {f"{one} {where}": replace(guard, positions=where) for one, guard in guards.items() for where in ("all", "response")}  # type: ignore[arg-type]
+    arms = {f"{one} {where}": replace(guard, positions=where) for one, guard in guards.items() for where in WHERE}
     done = compare(model, data, arms, sampling=demo.SAMPLING, store=folder / name / "study-positions.jsonl", progress=_told)
     values = {arm.name: [score.trait for score in arm.scores] for arm in done}
     out: dict[str, Any] = {one: {"trait": as_json(bootstrap_interval(values[one]))} for one in ("aligned", "malicious")}

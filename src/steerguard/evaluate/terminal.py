@@ -10,7 +10,7 @@ from rich.text import Text
 from steerguard.evaluate import running
 from steerguard.evaluate.card import LIGHTS, Card
 from steerguard.evaluate.section import Context, Estimate, Section
-from steerguard.evaluate.wording import VERDICTS, arms
+from steerguard.evaluate.wording import VERDICTS, told
 from steerguard.report.terminal import note, show
 
 STYLES = {"red": "bold red", "amber": "yellow", "green": "green", "grey": "dim"}
@@ -22,20 +22,19 @@ def show_card(card: Card) -> None:
     for section in card.sections:
         if not any(row.held is not None for row in section.rows):
             continue
-        table = Table(title=section.title, title_justify="left")
-        table.add_column("")
-        for column in ("unguarded", "guarded", "change"):
-            table.add_column(column, justify="right")
-        table.add_column("n", justify="right")
-        table.add_column("limit")
-        table.add_column("")
+        table = Table(title=section.title, title_justify="left", expand=True)
+        table.add_column("", ratio=1)
+        table.add_column("measured", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True)
+        table.add_column("limit", no_wrap=True)
+        table.add_column("", no_wrap=True)
         for row in section.rows:
             if row.held is None:
                 continue
             limit = "" if row.figure.limit is None else str(row.figure.limit)
             label = f"{row.figure.label}{f', {row.figure.unit}' if row.figure.unit else ''}"
             verdict = Text(VERDICTS[row.verdict], style=STYLES[LIGHTS[row.verdict]])
-            table.add_row(Text(label), *arms(row.value), str(row.n), limit, verdict)
+            table.add_row(Text(label), told(row.value), str(row.n), limit, verdict)
         show(table)
     for row in card.of("missing"):
         note(f"not measured: {row.figure.label}: {row.note}")

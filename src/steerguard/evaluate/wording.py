@@ -13,7 +13,7 @@ UNSCORED = "not measured"
 VERDICTS: Mapping[Verdict, str] = {
     "over": "limit exceeded", "undecided": "not decided", "within": "kept", "free": "", "missing": UNSCORED,
 }  # fmt: skip
-PARTS: Mapping[Part, str] = {"buys": "What it buys", "costs": "What it costs", "fails": "Where it fails"}
+PARTS: Mapping[Part, str] = {"buys": "What it buys", "costs": "What it costs", "fails": "Where it fails or might"}
 """The parts of a card, in order."""
 
 
@@ -68,6 +68,14 @@ def others(row: Row) -> list[tuple[str, str]]:
 def limit(held: Limit) -> str:
     """`at least −2`."""
     return str(held).replace("-", "−")
+
+
+def told(value: Interval | Paired | None) -> str:
+    """A value on one line: of a pair both means, and the change with its interval."""
+    if not isinstance(value, Paired):
+        return shown(value)
+    before, after = (UNSCORED if one is None else number(one.mean) for one in (value.unguarded, value.guarded))
+    return f"{before} to {after}, {shown(value.change, signed=True)}"
 
 
 def arms(value: Interval | Paired | None) -> tuple[str, str, str]:

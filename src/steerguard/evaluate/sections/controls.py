@@ -9,7 +9,9 @@ from steerguard.evaluate.results import Paired
 from steerguard.evaluate.section import Context, Estimate, Figure, Limit, Row, Section, SectionResult
 from steerguard.evaluate.sections.shared import answers_needed, contrast, embeddings, only_highest, scenarios, texts
 from steerguard.metrics import Interval
+from steerguard.prompts import Prompt
 from steerguard.recipes.prompts import spread
+from steerguard.traits import Scenario
 
 QUICK, FULL = 24, 48
 BENIGN_QUICK, BENIGN_FULL = 16, 64
@@ -21,7 +23,7 @@ KINDS = ("random", "orthogonal", "shuffled")
 
 
 def _direction(kind: str, what: str) -> Figure:
-    return Figure(f"controls.{kind}", f"of the guard's change, brought by {what}", "%", "lower", "fails", TENTH)
+    return Figure(f"controls.{kind}", f"share of the guard's change that {what} brings too", "%", "lower", "fails", TENTH)
 
 
 class Controls(Section):
@@ -99,7 +101,7 @@ class Controls(Section):
             settings={"scenarios": len(asked), "benign": len(benign), "directions": self._directions(context)},
         )  # fmt: skip
 
-    def _plan(self, context: Context) -> tuple[Sequence[object], Sequence[object]]:
+    def _plan(self, context: Context) -> tuple[Sequence[Scenario], Sequence[Prompt]]:
         return scenarios(context, QUICK, FULL), spread(context.benign.prompts, context.take(BENIGN_QUICK, BENIGN_FULL))
 
     def _directions(self, context: Context) -> int:
