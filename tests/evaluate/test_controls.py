@@ -175,6 +175,11 @@ def test_every_arm_is_there_and_moves_as_far(found: Controls) -> None:
         found.arm("nothing")
 
 
+def test_directions_of_a_kind_are_taken_together(found: Controls) -> None:
+    """One direction of each kind: together they are what it is by itself."""
+    assert {kind: found.arm(f"{kind}-1").of_guard for kind in ("random", "orthogonal", "shuffled")} == dict(found.pooled)
+
+
 def test_the_rules_own_arm_at_its_own_displacement_is_the_guard(found: Controls) -> None:
     same, guard = found.arm("StTP"), found.arm("guard")
     assert (same.rule, same.trait, same.kl) == (guard.rule, guard.trait, guard.kl)

@@ -19,6 +19,7 @@ import tiny
 from steerguard.backends.fake import Fault
 from steerguard.errors import InputError, NotSteering, ResultError
 from steerguard.evaluate import running
+from steerguard.evaluate.engine import BATCH
 from steerguard.evaluate.results import as_json
 from steerguard.evaluate.section import Context, Estimate, Figure, Row, Section, SectionResult
 from steerguard.evaluate.sections import SECTIONS, SUITES, figure_names, section, suite
@@ -246,7 +247,7 @@ def test_a_benchmark_of_inspects_in_both_arms(context: Context, monkeypatch: pyt
     monkeypatch.setenv("INSPECT_DISPLAY", "none")
     asked = [f"Tell me the truth of day {i}." for i in range(8)]
     task = Task([Sample(input=text, target="a", id=i) for i, text in enumerate(asked)], solver=generate(), scorer=includes())
-    greedy = replace(context, sampling=sg.Sampling(max_new_tokens=6, temperature=0.0))
+    greedy = replace(context, sampling=sg.Sampling(max_new_tokens=6, temperature=0.0), batch=BATCH)
     unguarded, guarded = both_arms(greedy, task, None, tmp_path / "logs.jsonl")
 
     def by_hand(guards: Any) -> list[float]:

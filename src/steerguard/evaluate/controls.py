@@ -102,6 +102,8 @@ class Controls:
     """All arms: `unguarded` and `aligned` first, then the guard, directions and rules."""
 
     arms: tuple[Control, ...]
+    pooled: Mapping[str, Interval | None]
+    "random, orthogonal, shuffled -> `of_guard` of all directions of the kind together, each scenario's mean over them"
     fits: Mapping[str, float]
     "how a direction may be found -> its cosine with the guard's, read from the embeddings; empty without them"
     target: float
@@ -197,6 +199,7 @@ def controls(
     kl = divergences(model, read, {one.name: one.guard for one in plan}, progress=progress) if read else {}
     return Controls(
         arms=_arms(plan, scores, kl, [scenario.id for scenario in scenarios]),
+        pooled=_pooled(plan, scores),
         fits={name: float(own.v @ guard.probes[0].v) for name, own in fits.items()}, target=target, tokens=tokens,
         scenarios=len(scenarios), benign=len(benign), model=model.identity.name, guard=guard.digest,
         scorer=dict(scorer.identity), sampling=sampling, seed=seed,
@@ -273,6 +276,18 @@ def _fitted(
         found = match(guard.rule.name, own, rho, target)
         plan.append(_Planned(name, "fit", replace(own_guard, rule=found.rule), found.shift, found.matched, cosine))
     return plan
+
+
+def _pooled(plan: Sequence[_Planned], scores: Mapping[str, Sequence[Score]]) -> dict[str, Interval | None]:
+    """Of each kind of direction, how much of the guard's change it brings, its directions taken together."""
+    trait = {arm: [score.trait for score in own] for arm, own in scores.items()}
+    out = {}
+    for kind in dict.fromkeys(one.name.rpartition("-")[0] for one in plan if one.family == "direction"):
+        arms = [trait[one.name] for one in plan if one.family == "direction" and one.name.startswith(f"{kind}-")]
+        known = [[value for value in values if value is not None] for values in zip(*arms, strict=True)]
+        means = [sum(values) / len(values) if values else None for values in known]
+        out[kind] = recovered_interval(trait["unguarded"], trait["guard"], means)
+    return out
 
 
 def _arms(

@@ -8,6 +8,7 @@ from steerguard.evaluate.controls import Control, controls
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.section import Context, Estimate, Figure, Limit, Row, Section, SectionResult
 from steerguard.evaluate.sections.shared import answers_needed, contrast, embeddings, only_highest, scenarios, texts
+from steerguard.evaluate.wording import shown
 from steerguard.metrics import Interval
 from steerguard.prompts import Prompt
 from steerguard.recipes.prompts import spread
@@ -72,12 +73,13 @@ class Controls(Section):
         arms = {arm.name: arm for arm in found.arms}
         values: dict[str, Interval | Paired | None] = {}
         why: dict[str, str] = {}
-        # 1. directions: the worst of each kind
+        # 1. directions, those of a kind together: the highest of several is the luckiest, too
         for kind in KINDS:
-            name, value = only_highest([(arm.name, arm.of_guard) for arm in found.arms if arm.name.startswith(f"{kind}-")])
-            values[f"controls.{kind}"] = value
-            of = sum(arm.name.startswith(f"{kind}-") for arm in found.arms)
-            why[f"controls.{kind}"] = f"{name}, the highest of {of}" if value is not None else GAINLESS
+            own = [(arm.name, arm.of_guard) for arm in found.arms if arm.name.startswith(f"{kind}-")]
+            name, highest = only_highest(own)
+            values[f"controls.{kind}"] = found.pooled[kind]
+            together = f"{len(own)} together; the highest, {name}: {shown(highest)}"
+            why[f"controls.{kind}"] = GAINLESS if highest is None else together
         # 2. the other fit, the other rules, and no gate
         for key, family in (("other_fit", "fit"), ("best_rule", "rule"), ("ungated", "gate")):
             others = [arm for arm in found.arms if arm.family == family and arm.name != context.guard.rule.name]
