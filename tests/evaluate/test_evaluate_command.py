@@ -111,7 +111,7 @@ def test_the_quick_suite_ends_in_a_card(home: Path) -> None:
     again = told(home, "evaluate", "good.guard", "--fit", "fit", "--overwrite")
     assert again.returncode == 0 and "trait, guarded" not in again.stderr
     # a gate on what is not good enough, or was not measured, fails
-    (home / "strict.yaml").write_text("trait.recovered: {at_least: 101}\nmt_bench.grade: measured\n")
+    (home / "strict.yaml").write_text("trait.score: {at_most: 1}\nmt_bench.grade: measured\n")
     failed = told(home, "card", "good.evaluation", "--fail-below", "strict.yaml")
     assert failed.returncode == 1 and failed.stdout.count("FAILED") == 2
 
@@ -131,8 +131,8 @@ def test_a_broken_guard_gets_a_red_card(home: Path, how: str) -> None:
 def broken(home: Path, how: str) -> sg.Guard:
     """The guard with its probe on a layer that it was not fitted on, or with a direction of labels drawn by lot."""
     good = sg.Guard.load(home / "good.guard")
-    if how == "wrong layer":
-        return replace(good, probes=(replace(good.probes[0], layer=0),))
+    if how == "wrong layer":  # the last; on earlier ones than its own this direction steers as well
+        return replace(good, probes=(replace(good.probes[0], layer=good.model.depth - 1),))
     model, trait = sg.load("organism"), sg.trait("organism-compassion")
     contrast: Contrast = collect(model, trait, sampling=SAMPLING, store=home / "fit" / CONTRAST)
     at = list(Fit.load(home / "fit")).index(LAYER)
