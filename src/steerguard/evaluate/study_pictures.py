@@ -92,4 +92,4 @@ def _forest(title: str, rows: Sequence[Bar]) -> Markup:
         about = f"{label}: {one['mean']:.1f}, n {one['n']}"
         parts.append(svg.mark("circle", x(one["mean"]), y, size=4.5, class_=colour, about=about))
     drawn = svg.picture(WIDTH, height, title, *parts)
-    return Markup(drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+    return Markup(str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
