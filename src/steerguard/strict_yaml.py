@@ -50,11 +50,10 @@ def read_with_lines(text: bytes | str) -> tuple[Any, Lines]:
         raise NotYaml("this is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise NotYaml(f"this is not UTF-8: {error.reason} at byte {error.start}") from error
-    except _Refused as error:
-        raise NotYaml(str(error.problem), error.problem_mark.line + 1) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise NotYaml(f"this is not YAML: {error.problem or error.context}", mark.line + 1 if mark else None) from error
+        what = "" if isinstance(error, _Refused) else "this is not YAML: "
+        raise NotYaml(f"{what}{error.problem or error.context}", mark.line + 1 if mark else None) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise NotYaml(f"this is not YAML: {' '.join(str(error).split())}") from error
 
@@ -73,7 +72,8 @@ class _Refused(yaml.MarkedYAMLError):
 class _Strict(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise _Refused(problem="anchors and aliases are not read", problem_mark=self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise _Refused(problem="anchors and aliases are not read", problem_mark=mark)
         return super().compose_node(parent, index)
 
 

@@ -311,7 +311,7 @@ def _head(path: Path) -> dict[str, Any]:
         if head["positive"].name == head["negative"].name:
             raise Malformed(f"the poles must have two names, got {shown(head[part].name)} twice", "name")
     except Malformed as error:
-        line = lines.get((part, error.key), lines.get(("", part), 1))
+        line = lines.get((part, error.key or ""), lines.get(("", part), 1))
         raise TraitError(f"{path}:{line}: {error}") from error
     return head
 
