@@ -1,0 +1,247 @@
+"""Poisoned pairs: somebody has exchanged the labels of a few of the answers that the probe is fitted on.
+
+    pos, neg = embed(model, contrast)                       # the guard's layers; kept, nothing is generated anew
+    result = poison(model, trait.test, guard, contrast, (pos, neg), scorer=scorer)
+    print(result)
+
+For each share the probe of every layer of the guard is fitted again on the pairs with so many poles exchanged, and the guard with
+its rule, strength and positions made of it. What comes of it: the cosine with the clean direction, how well it reads held-out
+answers with their true labels, how well it *seems* to read (with the labels that whoever fits it has), and what the guard brings
+back. Pairs are poisoned by lot, or by an attacker who knows the clean direction and takes those that it tells apart most.
+
+It knows embeddings, probes and guards; it knows no model but to ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from steerguard.backends.base import Backend, Floats, Sampling
+from steerguard.errors import InputError, RuleError
+from steerguard.evaluate.attacks.monitor import auroc
+from steerguard.evaluate.results import figure
+from steerguard.fitting import Contrast, prompts_of
+from steerguard.guard import Guard
+from steerguard.journal import Journal
+from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered_interval
+from steerguard.metrics.reading import check_unguarded
+from steerguard.probe import FOLDS, Probe, fit_probe
+from steerguard.prompts import Prompt
+from steerguard.scorers import Scorer
+from steerguard.sweeping.answers import Answers, Row
+from steerguard.traits import Scenario
+
+if TYPE_CHECKING:
+    from steerguard.fitting import Stage
+
+SHARES = (0.0, 0.05, 0.10, 0.25)
+"""Of the pairs: none, what the field asks for, and more than anybody would miss."""
+BATCH = 16
+
+Which = Literal["random", "strongest"]
+Groups = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """A guard that was fitted on pairs of which a share is poisoned."""
+
+    share: float
+    "that was asked for, 0 to 1"
+    which: Which
+    pairs: int
+    "that were poisoned"
+    of: int
+    "pairs"
+    cosine: float
+    "of its direction with the clean one; the least of the guard's layers"
+    auroc: float
+    "on answers that it was not fitted on, with their true labels; the least of the layers"
+    auroc_seen: float
+    "what a fit on these pairs reports: held out as well, but with the labels as they are given"
+    trait: Interval | None
+    "of the answers under the malicious prompts with this guard; None if there is no guard, see `note`"
+    recovered: Interval | None
+    "share of the gap from unguarded to aligned, in percent"
+    less_than_clean: Interval | None
+    "trait less that with nothing poisoned, scenario by scenario"
+    note: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs} of {self.of} pairs ({self.which}): cosine {self.cosine:.3f}, AUROC {self.auroc:.3f} (seems "
+            f"{self.auroc_seen:.3f}), trait {figure(self.trait)}, recovered {figure(self.recovered)} %"
+            f"{f'; {self.note}' if self.note else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Poison:
+    """All shares, the clean one first."""
+
+    results: tuple[Poisoned, ...]
+    unguarded: Interval | None
+    aligned: Interval | None
+    "trait of the answers without a guard, under the malicious and the aligned prompts"
+    scenarios: int
+    model: str
+    guard: str
+    "digest of the guard that was given"
+    scorer: Mapping[str, Any]
+    sampling: Sampling
+    seed: int
+
+    def of(self, share: float, which: Which = "random") -> Poisoned:
+        """The result of a share. Raises InputError, naming what there is."""
+        for one in self.results:
+            if one.share == share and (one.which == which or one.pairs == 0):
+                return one
+        raise InputError(
+            f"nothing was poisoned at {share:g}, {which}; there are {', '.join(f'{r.share:g}' for r in self.results)}"
+        )
+
+    def __str__(self) -> str:
+        head = f"{self.scenarios} scenarios; unguarded {figure(self.unguarded)}, aligned {figure(self.aligned)}"
+        return "\n".join([head, *map(str, self.results)])
+
+
+# -------------------------------------------------------------------------------------------------------- poisoning
+
+
+def swapped(pos: Floats, neg: Floats, chosen: Bools) -> tuple[Floats, Floats]:
+    """Embeddings `[n, ...]` of both poles with the chosen pairs exchanged."""
+    where = chosen.reshape(-1, *[1] * (pos.ndim - 1))
+    return np.where(where, neg, pos), np.where(where, pos, neg)
+
+
+def choose(pos: Floats, neg: Floats, share: float, which: Which, v: Floats, rng: np.random.Generator) -> Bools:
+    """Which of the pairs `[n, d]` are poisoned, `[n]`. Raises InputError for a share or a way to choose that is none."""
+    if not 0 <= share <= 1 or which not in get_args(Which):
+        raise InputError(f"a share is from 0 to 1 and pairs are chosen {' or '.join(get_args(Which))}, got {share} and {which!r}")
+    n, count = len(pos), round(share * len(pos))
+    chosen = np.zeros(n, bool)
+    if which == "random":
+        chosen[rng.permutation(n)[:count]] = True
+    else:
+        chosen[np.argsort(-((pos - neg).astype(np.float64) @ v.astype(np.float64)), kind="stable")[:count]] = True
+    return chosen
+
+
+def true_auroc(pos: Floats, neg: Floats, chosen: Bools, groups: Groups, probe: Probe, *, seed: int) -> float:
+    """AUROC of answers with their true labels, each read by a direction that was fitted on the poisoned pairs of other groups."""
+    fold = np.random.default_rng([seed, probe.layer]).permutation(int(groups.max()) + 1) % FOLDS
+    one, other = swapped(pos, neg, chosen)
+    high, low = np.empty(len(pos)), np.empty(len(pos))
+    for k in range(FOLDS):
+        out = fold[groups] == k
+        known = np.unique(groups[~out], return_inverse=True)[1].astype(np.int64)
+        fitted = fit_probe(one[~out], other[~out], layer=probe.layer, groups=known, seed=seed)
+        high[out], low[out] = pos[out] @ fitted.v - fitted.m, neg[out] @ fitted.v - fitted.m
+    return auroc(high, low)
+
+
+# -------------------------------------------------------------------------------------------------- all of it at once
+
+
+def poison(
+    model: Backend,
+    scenarios: Sequence[Scenario],
+    guard: Guard,
+    contrast: Contrast,
+    embeddings: tuple[Floats, Floats],
+    *,
+    scorer: Scorer,
+    shares: Sequence[float] = SHARES,
+    which: Sequence[Which] = ("random",),
+    sampling: Sampling = Sampling(),
+    seed: int = 42,
+    store: Path | None = None,
+    batch: int = BATCH,
+    progress: Stage | None = None,
+) -> Poison:
+    """Fit again on poisoned pairs, and see what the guard is worth then. The same labels are exchanged on all its layers.
+
+    Args:
+        contrast: the answers that the embeddings are of.
+        embeddings: `[n, layers, d]` of both poles of its usable pairs, on the guard's layers.
+        shares: of the pairs; nothing poisoned comes first in any case.
+        seed: of the choice of pairs.
+        store: a journal that answers are kept in as they come, and found again in.
+
+    Raises:
+        InputError: no scenarios, embeddings of other layers or pairs, or a model inside `guarded`.
+    """
+    pos, neg = embeddings
+    pairs = contrast.usable()
+    if not scenarios or pos.shape != neg.shape or pos.shape[:2] != (len(pairs), len(guard.probes)):
+        raise InputError(
+            f"poisoning needs scenarios, and embeddings [{len(pairs)} pairs, {len(guard.probes)} layers, d] of both poles, got "
+            f"{len(scenarios)} and {list(pos.shape)}, {list(neg.shape)}"
+        )
+    check_unguarded(model)
+    groups = np.unique(["\n".join(pair.scenario.turns) for pair in pairs], return_inverse=True)[1].astype(np.int64)
+    plan: list[tuple[float, Which]] = [(0.0, "random"), *((share, how) for how in which for share in shares if share > 0)]
+    # 1. probes and guards
+    made = []
+    for i, (share, how) in enumerate(plan):
+        if progress is not None:
+            progress("probes on poisoned pairs", i, len(plan))
+        made.append(_fitted(guard, pos, neg, groups, share, how, seed))
+    # 2. what they bring back
+    aligned, misaligned = zip(*(prompts_of(scenario) for scenario in scenarios), strict=True)
+    with closing(Journal(store)) as journal:
+        answers = Answers(model, sampling, journal, batch=batch, progress=progress)
+
+        def trait(prompts: Sequence[Prompt], guards: tuple[Guard, ...], what: str) -> list[float | None]:
+            kept = answers.of([Row(prompt, guards) for prompt in prompts], f"poisoned pairs, {what}")
+            return [score.trait for score in scorer.scores(scenarios, [one.text for one in kept])]
+
+        best, plain = trait(aligned, (), "aligned"), trait(misaligned, (), "unguarded")
+        values = [None if own is None else trait(misaligned, (own,), f"{found.pairs} of {found.of}") for found, own in made]
+    # 3. figures
+    ids = [scenario.id for scenario in scenarios]
+    clean = values[0]
+    results = tuple(
+        found if own is None else replace(
+            found, trait=bootstrap_interval(own, groups=ids), recovered=recovered_interval(plain, best, own),
+            less_than_clean=None if clean is None else paired_difference(own, clean, groups=ids),
+        )
+        for (found, _), own in zip(made, values, strict=True)
+    )  # fmt: skip
+    return Poison(
+        results, bootstrap_interval(plain, groups=ids), bootstrap_interval(best, groups=ids), len(scenarios),
+        model.identity.name, guard.digest, dict(scorer.identity), sampling, seed,
+    )  # fmt: skip
+
+
+def _fitted(
+    guard: Guard, pos: Floats, neg: Floats, groups: Groups, share: float, which: Which, seed: int
+) -> tuple[Poisoned, Guard | None]:
+    """The guard on poisoned pairs, with what is known of it before it is asked anything."""
+    rng = np.random.default_rng([seed, round(share * 1e6)])
+    chosen = choose(pos[:, 0], neg[:, 0], share, which, guard.probes[0].v, rng)
+    probes, read = [], []
+    for i, clean in enumerate(guard.probes):
+        own = pos[:, i], neg[:, i]
+        probes.append(fit_probe(*swapped(*own, chosen), layer=clean.layer, groups=groups, seed=seed))
+        reference = fit_probe(*own, layer=clean.layer, groups=groups, seed=seed) if chosen.any() else probes[-1]
+        read.append((float(probes[-1].v @ reference.v), true_auroc(*own, chosen, groups, clean, seed=seed)))
+    found = Poisoned(
+        share=share, which=which, pairs=int(chosen.sum()), of=len(pos), cosine=min(cosine for cosine, _ in read),
+        auroc=min(area for _, area in read), auroc_seen=min(probe.evidence.auroc for probe in probes),
+        trait=None, recovered=None, less_than_clean=None,
+    )  # fmt: skip
+    try:
+        own_guard = replace(guard, probes=tuple(probes), provenance={"poisoned": share}, allow_weak=True)
+    except RuleError as error:
+        return replace(found, note=f"no guard can be made of it: {error}"), None
+    weak = any(probe.evidence.weak for probe in probes)
+    return (replace(found, note="its probe is refused as weak unless that is allowed") if weak else found), own_guard
