@@ -14,10 +14,8 @@ import pytest
 import steerguard as sg
 import tiny
 from steerguard.errors import InputError, RuleError
-from steerguard.evaluate.controls import (
-    COMPARED,
-    Controls,
-    controls,
+from steerguard.evaluate.controls import COMPARED, FOUND, Controls, controls
+from steerguard.evaluate.matching import (
     match,
     mean_shift,
     projections,
@@ -158,20 +156,28 @@ def test_a_control_stands_as_the_guard_does(probe: Probe) -> None:
 
 def test_every_arm_is_there_and_moves_as_far(found: Controls) -> None:
     names = [arm.name for arm in found.arms]
-    assert names == ["unguarded", "aligned", "guard", "random-1", "orthogonal-1", "shuffled-1", *COMPARED]
+    assert names == ["unguarded", "aligned", "guard", "random-1", "orthogonal-1", "shuffled-1", *FOUND, *COMPARED, "ungated"]
     for arm in found.arms[2:]:
         assert arm.trait is not None and arm.trait.n == 6 and arm.coherence is not None and arm.kl is not None and arm.kl.n == 3
         if arm.matched:
             assert arm.shift == pytest.approx(found.target, rel=0.01), arm.name
         else:
             assert abs(arm.shift / found.target - 1) > 0.01, arm.name
-    assert [arm.name for arm in found.arms if not arm.matched] == ["Ablate"]
+    assert [arm.name for arm in found.arms if not arm.matched] == ["Ablate", "ungated"]
+    ungated = found.arm("ungated")
+    assert set(found.fits) == set(FOUND) and all(abs(cosine) < 0.99 for cosine in found.fits.values())
+    assert ungated.shift > found.target and ungated.rule == "Target(12)"
     orthogonal, random = found.arm("orthogonal-1").cosine, found.arm("random-1").cosine
     assert orthogonal is not None and random is not None and abs(orthogonal) < 1e-5 < abs(random) < 0.6
     assert json.loads(json.dumps(as_json(found)))["arms"][2]["name"] == "guard"
     assert "NOT matched" in str(found)
     with pytest.raises(InputError, match="random-1"):
         found.arm("nothing")
+
+
+def test_directions_of_a_kind_are_taken_together(found: Controls) -> None:
+    """One direction of each kind: together they are what it is by itself."""
+    assert {kind: found.arm(f"{kind}-1").of_guard for kind in ("random", "orthogonal", "shuffled")} == dict(found.pooled)
 
 
 def test_the_rules_own_arm_at_its_own_displacement_is_the_guard(found: Controls) -> None:

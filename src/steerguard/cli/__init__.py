@@ -1,4 +1,4 @@
-"""The command line: `steerguard demo | fit | sweep | report | build | recalibrate | show | ask | check | serve | export`.
+"""The command line: `steerguard demo | fit | sweep | ... | check | evaluate | serve | export`.
 
 What it knows: arguments, progress, and how to say what went wrong. Everything it does is one call into the library,
 under the same name. Heavy modules are imported by the command that needs them, so `--help` answers at once. `shared` has
@@ -14,7 +14,7 @@ import sys
 
 import typer
 
-from steerguard.cli import making, using  # noqa: F401  (commands register themselves)
+from steerguard.cli import evaluating, making, using  # noqa: F401  (commands register themselves)
 from steerguard.cli.shared import app
 from steerguard.errors import InputError, SteerguardError
 

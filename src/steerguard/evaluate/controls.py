@@ -5,16 +5,20 @@
 
 A direction that reads a trait need not write it, and any push that is large enough changes what a model says. So every arm
 moves tokens equally far: its strength is bisected until the mean |delta| over the tokens of given conversations is the
-guard's. Two families:
+guard's. Four families:
 
-* directions, under the guard's own rule: `random` ones, `orthogonal` ones (random, at a right angle to the guard's), and
+* `direction`, under the guard's own rule: `random` ones, `orthogonal` ones (random, at a right angle to the guard's), and
   `shuffled` ones (fitted as the guard's was, on the poles' labels drawn by lot). Each stands on its boundary as the guard's
   does: the same share of tokens below, the class means and spreads as far from it.
-* rules, along the guard's own direction: SwFC, StTP, StMP, Floor, Target, Ablate.
+* `fit`, under the guard's own rule: the direction found the other way, `logistic` or `mean-difference`, with the
+  boundary and the statistics of its own fit.
+* `rule`, along the guard's own direction: SwFC, StTP, StMP, Floor, Target, Ablate.
+* `gate`: the guard's own rule without its gate, at the guard's own strength; StTP alone has one (Target). It moves tokens
+  further, which is what a gate is for.
 
 What cannot be matched (Ablate has no strength; a rule may move tokens further at its least) is measured all the same and
 says so. For each arm: trait, coherence, the share of the gap recovered, KL to the unguarded model on benign prompts, each
-paired with the unguarded answers, and the directions with the guard's too.
+paired with the unguarded answers, and with the guard's too.
 
 It knows backends, probes, rules by name and scorers. The guard has one layer.
 """
@@ -28,20 +32,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from steerguard.backends.base import Backend, Floats, Sampling
 from steerguard.errors import InputError, RuleError
+from steerguard.evaluate.matching import (
+    CLOSE,
+    match,
+    mean_shift,
+    projections,
+    random_direction,
+    shuffled_direction,
+    standing_as,
+)
 from steerguard.fitting import prompts_of
 from steerguard.guard import Guard
 from steerguard.journal import Journal
 from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered_interval
 from steerguard.metrics.likelihood import divergences
 from steerguard.metrics.reading import Exchange, check_unguarded
-from steerguard.probe import Evidence, Probe, fit_probe
+from steerguard.probe import Direction, Probe, fit_probe
 from steerguard.prompts import Prompt
-from steerguard.rules import RULES, Rule, shift
-from steerguard.rules import rule as rule_of
+from steerguard.rules import RULES, StTP, Target
 from steerguard.scorers import Score, Scorer
 from steerguard.sweeping.answers import Answers, Row
 from steerguard.traits import Scenario
@@ -51,25 +62,11 @@ if TYPE_CHECKING:
 
 COMPARED = ("SwFC", "StTP", "StMP", "Floor", "Target", "Ablate")
 """The rules that are compared at one displacement."""
-UNKNOWN = Evidence(0.5, 0.0, 1.0, 0.0, 0.0, 0.0, 0, 0)
-"""What is known of how well a control's direction reads: nothing."""
-CLOSE = 0.01
-"""Relative difference in mean |delta| up to which an arm counts as matched."""
-STEPS = 60
+FOUND: tuple[Direction, ...] = ("logistic", "mean-difference")
+"""How a direction may be found."""
+SAME = 0.9999
+"""Cosine from which two directions are one."""
 BATCH = 16
-
-Doubles = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Matched:
-    """A rule at the strength at which it moves tokens as far as it should."""
-
-    rule: Rule
-    shift: float
-    "mean |delta| over the tokens, in units of the residual stream"
-    matched: bool
-    "whether that is within one percent of what was asked for"
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Control:
 
     name: str
     family: str
-    "baseline, guard, direction or rule"
+    "baseline, guard, direction, fit, rule or gate"
     rule: str
     "with its strength; empty for a baseline"
     shift: float
@@ -94,6 +91,8 @@ class Control:
     "share of the gap from unguarded to aligned, in percent"
     less_than_guard: Interval | None
     "trait less that of the guard's answers, scenario by scenario"
+    of_guard: Interval | None
+    "how much of what the guard changes it changes too, in percent; None where the guard raises nothing"
     kl: Interval | None
     "nats per predicted token on the benign prompts, to the unguarded model; None without benign prompts"
 
@@ -103,6 +102,10 @@ class Controls:
     """All arms: `unguarded` and `aligned` first, then the guard, directions and rules."""
 
     arms: tuple[Control, ...]
+    pooled: Mapping[str, Interval | None]
+    "random, orthogonal, shuffled -> `of_guard` of all directions of the kind together, each scenario's mean over them"
+    fits: Mapping[str, float]
+    "how a direction may be found -> its cosine with the guard's, read from the embeddings; empty without them"
     target: float
     "the guard's mean |delta|, in units of the residual stream"
     tokens: int
@@ -133,93 +136,6 @@ class Controls:
                 f"{arm.name} {arm.rule}: trait {arm.trait}, coherence {arm.coherence}, recovered {arm.recovered} %{note}"
             )
         return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------- matching
-
-
-def mean_shift(rule: Rule, probe: Probe, rho: Doubles) -> float:
-    """Mean |delta| of a rule over tokens whose projections are rho `[tokens]`, in units of the residual stream."""
-    return float(np.abs(shift(np, rho.astype(np.float32), rule.compile(probe).row()).astype(np.float64)).mean())
-
-
-def match(name: str, probe: Probe, rho: Doubles, target: float) -> Matched:
-    """The rule of that name at the strength at which its mean |delta| is `target`.
-
-    The larger of two such strengths: beyond it, the rule moves tokens ever further.
-
-    Raises:
-        RuleError: the rule does not compile with this probe.
-    """
-    if target <= 0 or not len(rho):
-        raise InputError(f"a displacement to match must be above 0 and over tokens, got {target} over {len(rho)}")
-    cls = RULES[name]
-    if not cls.grid and name != "Floor":
-        found = rule_of(name)
-        moved = mean_shift(found, probe, rho)
-        return Matched(found, moved, abs(moved - target) <= CLOSE * target)
-    # 1. strengths of which one moves less, and one more
-    low = float(rho.min()) if name == "Floor" else max(cls.minimum, 0.0)
-    width = max(1.0, float(np.ptp(rho)))
-    high = low + width
-    for _ in range(STEPS):
-        if mean_shift(rule_of(name, high), probe, rho) >= target:
-            break
-        low, high = high, high + (width := 2 * width)
-    if mean_shift(rule_of(name, low), probe, rho) > target:
-        high = low  # it moves further at its least
-    # 2. halve what is between
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if mean_shift(rule_of(name, middle), probe, rho) < target:
-            low = middle
-        else:
-            high = middle
-    found = rule_of(name, high)
-    moved = mean_shift(found, probe, rho)
-    return Matched(found, moved, abs(moved - target) <= CLOSE * target)
-
-
-def projections(model: Backend, exchanges: Sequence[Exchange], guard: Guard, directions: Sequence[Floats]) -> list[Doubles]:
-    """rho `[tokens]` along each direction of the tokens that the guard sees, read with the unguarded model."""
-    layer, read = guard.layers[0], []
-    for prompt, answer in exchanges:
-        h = model.residuals(prompt, tuple(answer)[:-1])[layer]
-        read.append(h if guard.positions == "all" else h[len(h) - max(len(answer) - 1, 0) :])
-    tokens = np.concatenate(read).astype(np.float64)
-    if not np.isfinite(tokens).all():
-        raise InputError(f"the residuals of layer {layer} are not finite; load the model in a wider dtype")
-    return [tokens @ v.astype(np.float64) for v in directions]
-
-
-# ----------------------------------------------------------------------------------------------------- directions
-
-
-def random_direction(width: int, rng: np.random.Generator, *, orthogonal_to: Floats | None = None) -> Floats:
-    """A unit vector `[width]` of no meaning; at a right angle to another, if one is given."""
-    v = rng.normal(size=width)
-    if orthogonal_to is not None:
-        other = orthogonal_to.astype(np.float64)
-        v -= (v @ other) / (other @ other) * other
-    return (v / np.linalg.norm(v)).astype(np.float32)
-
-
-def shuffled_direction(pos: Floats, neg: Floats, probe: Probe, rng: np.random.Generator) -> Floats:
-    """The direction that fitting finds in embeddings `[n, d]` of which half the pairs have their poles exchanged."""
-    swap = np.zeros(len(pos), bool)
-    swap[rng.permutation(len(pos))[: len(pos) // 2]] = True
-    one, other = np.where(swap[:, None], neg, pos), np.where(swap[:, None], pos, neg)
-    return fit_probe(one, other, layer=probe.layer, groups=np.arange(len(pos), dtype=np.int64)).v
-
-
-def standing_as(probe: Probe, v: Floats, rho: Doubles, on_v: Doubles) -> Probe:
-    """A probe along v that stands among the tokens `on_v` `[tokens]` as the guard's stands among `rho` `[tokens]`.
-
-    As large a share of tokens lies below its boundary, and its class means and spreads are as far from it.
-    """
-    m = float(np.quantile(on_v, float((rho < probe.m).mean())))
-    moved = m - probe.m
-    return replace(probe, v=v, m=m, mu_pos=probe.mu_pos + moved, mu_neg=probe.mu_neg + moved, evidence=UNKNOWN)
 
 
 # ------------------------------------------------------------------------------------------------- all of it at once
@@ -269,7 +185,8 @@ def controls(
         plain = answers.of([Row(prompt) for prompt in misaligned], "controls, unguarded", whole=True)
         best = answers.of([Row(prompt) for prompt in aligned], "controls, aligned")
         exchanges = [(prompt, kept.ids) for prompt, kept in zip(misaligned, plain, strict=True)]
-        plan, target, tokens = _plan(model, exchanges, guard, embeddings, directions, rules, seed)
+        fits = _fits(guard, embeddings)
+        plan, target, tokens = _plan(model, exchanges, guard, embeddings, fits, directions, rules, seed)
         # 2. every arm's answers and scores
         said = {"unguarded": [kept.text for kept in plain], "aligned": [kept.text for kept in best]}
         for one in plan:
@@ -281,7 +198,9 @@ def controls(
     read = [(prompt, kept.ids) for prompt, kept in zip(benign, harmless, strict=True)]
     kl = divergences(model, read, {one.name: one.guard for one in plan}, progress=progress) if read else {}
     return Controls(
-        arms=_arms(plan, scores, kl, [scenario.id for scenario in scenarios]), target=target, tokens=tokens,
+        arms=_arms(plan, scores, kl, [scenario.id for scenario in scenarios]),
+        pooled=_pooled(plan, scores),
+        fits={name: float(own.v @ guard.probes[0].v) for name, own in fits.items()}, target=target, tokens=tokens,
         scenarios=len(scenarios), benign=len(benign), model=model.identity.name, guard=guard.digest,
         scorer=dict(scorer.identity), sampling=sampling, seed=seed,
     )  # fmt: skip
@@ -299,7 +218,7 @@ class _Planned:
 
 def _plan(
     model: Backend, exchanges: Sequence[Exchange], guard: Guard, embeddings: tuple[Floats, Floats] | None,
-    directions: int, rules: Sequence[str], seed: int,
+    fits: Mapping[str, Probe], directions: int, rules: Sequence[str], seed: int,
 ) -> tuple[list[_Planned], float, int]:  # fmt: skip
     """The arms that are guarded, the displacement, and over how many tokens."""
     probe, rng = guard.probes[0], np.random.default_rng(seed)
@@ -319,11 +238,56 @@ def _plan(
         found = match(guard.rule.name, own, on_v, target)
         control = replace(guard, name=name, probes=(own,), rule=found.rule, provenance={"control": name}, allow_weak=True)
         plan.append(_Planned(name, "direction", control, found.shift, found.matched, float(v @ probe.v)))
+    plan += _fitted(model, exchanges, guard, fits, target)
     for name in rules:
         found = match(name, probe, rho, target)
         control = replace(guard, name=name, rule=found.rule, provenance={"control": name})
         plan.append(_Planned(name, "rule", control, found.shift, found.matched, 1.0))
+    if isinstance(guard.rule, StTP):
+        ungated = Target(guard.rule.alpha)
+        control = replace(guard, name="ungated", rule=ungated, provenance={"control": "ungated"})
+        moved = mean_shift(ungated, probe, rho)
+        plan.append(_Planned("ungated", "gate", control, moved, abs(moved - target) <= CLOSE * target, 1.0))
     return plan, target, len(rho)
+
+
+def _fits(guard: Guard, embeddings: tuple[Floats, Floats] | None) -> dict[str, Probe]:
+    """The probe that each way of fitting finds in the embeddings."""
+    if embeddings is None:
+        return {}
+    layer, groups = guard.probes[0].layer, np.arange(len(embeddings[0]), dtype=np.int64)
+    return {name: fit_probe(*embeddings, layer=layer, groups=groups, direction=name) for name in FOUND}
+
+
+def _fitted(
+    model: Backend, exchanges: Sequence[Exchange], guard: Guard, fits: Mapping[str, Probe], target: float
+) -> list[_Planned]:
+    """The guard's rule along what other ways of fitting find; not along a direction that is the guard's own."""
+    plan = []
+    for name, own in fits.items():
+        cosine = float(own.v @ guard.probes[0].v)
+        if cosine > SAME:
+            continue
+        try:
+            own_guard = replace(guard, name=name, probes=(own,), provenance={"control": name}, allow_weak=True)
+        except RuleError:  # its boundary does not lie between its classes; its cosine is told all the same
+            continue
+        (rho,) = projections(model, exchanges, guard, [own.v])
+        found = match(guard.rule.name, own, rho, target)
+        plan.append(_Planned(name, "fit", replace(own_guard, rule=found.rule), found.shift, found.matched, cosine))
+    return plan
+
+
+def _pooled(plan: Sequence[_Planned], scores: Mapping[str, Sequence[Score]]) -> dict[str, Interval | None]:
+    """Of each kind of direction, how much of the guard's change it brings, its directions taken together."""
+    trait = {arm: [score.trait for score in own] for arm, own in scores.items()}
+    out = {}
+    for kind in dict.fromkeys(one.name.rpartition("-")[0] for one in plan if one.family == "direction"):
+        arms = [trait[one.name] for one in plan if one.family == "direction" and one.name.startswith(f"{kind}-")]
+        known = [[value for value in values if value is not None] for values in zip(*arms, strict=True)]
+        means = [sum(values) / len(values) if values else None for values in known]
+        out[kind] = recovered_interval(trait["unguarded"], trait["guard"], means)
+    return out
 
 
 def _arms(
@@ -344,6 +308,7 @@ def _arms(
                 change=paired_difference(own, trait["unguarded"], groups=groups),
                 recovered=recovered_interval(trait["unguarded"], trait["aligned"], own),
                 less_than_guard=paired_difference(own, trait["guard"], groups=groups),
+                of_guard=recovered_interval(trait["unguarded"], trait["guard"], own),
                 kl=bootstrap_interval(kl[one.name]) if one.name in kl else None,
             )
         )  # fmt: skip

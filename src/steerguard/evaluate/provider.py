@@ -17,12 +17,9 @@ It knows Inspect's model interface. It knows no task.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from itertools import count
-from pathlib import PurePath
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,6 +27,7 @@ from steerguard.backends import backends, load
 from steerguard.backends.base import Answer, Backend, Sampling
 from steerguard.errors import InputError
 from steerguard.evaluate.engine import BATCH, Engine, Request
+from steerguard.evaluate.names import canonical_name, plain
 from steerguard.files import canonical_json, shown
 from steerguard.guard import Guard
 from steerguard.prompts import Message
@@ -62,8 +60,6 @@ INSPECTS = (
     "parallel_tool_calls",
 )  # fmt: skip
 """What Inspect does itself, or what means nothing where there are no tools."""
-DIGITS = 16
-"""Hexadecimal digits of a digest in a model's name."""
 
 _engines: WeakValueDictionary[str, Engine] = WeakValueDictionary()
 """One engine to a model, whoever asks it: twins share their weights, and a model is never run by two threads at once."""
@@ -134,7 +130,7 @@ class GuardedAPI(ModelAPI):
             how = {"backend": backend, **options}
             if backend not in backends():
                 raise InputError(f"there is no backend {backend!r}; there are {', '.join(backends())}")
-            key = canonical_json([model_name, _plain(how)])
+            key = canonical_json([model_name, plain(how)])
             self.engine = _engine(key, lambda: load(model_name, backend=backend, **options), batch)
         identity = self.engine.model.identity
         self.guards = tuple(guard.for_model(identity, allow_mismatch=_several(allow_mismatch)) for guard in found)
@@ -191,20 +187,6 @@ class GuardedAPI(ModelAPI):
 
 
 # ------------------------------------------------------------------------------------------------------- names
-
-
-def canonical_name(name: str, model: Backend, options: Mapping[str, Any], guards: Sequence[Guard]) -> str:
-    """What a model is called in logs and caches: its name, a digest of the model, and each guard with its digest."""
-    identity = asdict(model.identity)
-    del identity["name"]
-    digest = hashlib.sha256(canonical_json([model.name, identity, _plain(options)]).encode()).hexdigest()
-    short = name if not PurePath(name).is_absolute() else PurePath(name).name
-    return "".join([f"{short}@{digest[:DIGITS]}", *(f"+{guard.name}@{guard.digest[:DIGITS]}" for guard in guards)])
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON values; what is none by its text."""
-    return {key: value if isinstance(value, str | int | float | bool | None) else repr(value) for key, value in options.items()}
 
 
 def _several(texts: str | Sequence[str]) -> list[str]:

@@ -241,7 +241,7 @@ def recipe(
     if not path.exists():
         raise RecipeError(f"there is no recipe and no file {shown(name)}; bundled are {', '.join(bundled())}")
     try:
-        value = yaml.load(files.read_bounded(path, limit=MAX_BYTES, error=RecipeError), Loader=_Loader)
+        value = yaml.load(files.read_bounded(path, limit=MAX_BYTES, error=RecipeError), Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     return build(value, overrides, given=given, source=str(path))
@@ -298,7 +298,7 @@ def _read(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(part.isidentifier() for part in key.split(".")):
             raise RecipeError(f"an override is KEY=VALUE, such as sampling.seed=7, got {shown(override)}")
         try:
-            out[key] = yaml.load(text, Loader=_Loader)
+            out[key] = yaml.load(text, Loader=StrictLoader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{shown(override)}: the value is no YAML") from error
     return out
@@ -331,7 +331,7 @@ def _sentence(error: ValidationError | InputError) -> str:
     return f"{key}: {first['msg'].removeprefix('Value error, ')}, got {shown(first['input'])}"
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Safe YAML in which every key stands once."""
 
 
@@ -345,4 +345,4 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return found
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

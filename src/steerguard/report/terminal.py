@@ -63,6 +63,11 @@ def note(text: str) -> None:
     _out().print(Text(text))
 
 
+def show(what: RenderableType) -> None:
+    """A table, or a text of several styles, of result."""
+    _out().print(what)
+
+
 # ------------------------------------------------------------------------------------------------ progress
 
 
