@@ -110,9 +110,11 @@ def detection(score: str, positive: Sequence[float], benign: Sequence[float], *,
     ]
     low, high = map(float, np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])) if drawn else (None, None)
     limits = [threshold(benign, rate) for rate in FALSE_ALARMS]
-    caught = [bootstrap_interval([float(x > limit) for x in positive], seed=seed) for limit in limits]
-    flags = [flag for flag in caught if flag is not None]  # all of them: there are positives
-    return Detection(score, Interval(auroc(one, other), low, high, len(one)), *flags, *limits, len(other))
+    at_1, at_5 = (bootstrap_interval([float(x > limit) for x in positive], seed=seed) for limit in limits)
+    if at_1 is None or at_5 is None:
+        return None  # not so: there are positives
+    found = Interval(auroc(one, other), low, high, len(one))
+    return Detection(score, found, at_1, at_5, limits[0], limits[1], len(other))
 
 
 def detections(positive: Sequence[Suspicion | None], benign: Sequence[Suspicion | None]) -> dict[str, Detection]:

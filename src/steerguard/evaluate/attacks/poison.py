@@ -7,7 +7,8 @@
 For each share the probe of every layer of the guard is fitted again on the pairs with so many poles exchanged, and the guard with
 its rule, strength and positions made of it. What comes of it: the cosine with the clean direction, how well it reads held-out
 answers with their true labels, how well it *seems* to read (with the labels that whoever fits it has), and what the guard brings
-back. Pairs are poisoned by lot, or by an attacker who knows the clean direction and takes those that it tells apart most.
+back. Pairs are poisoned by lot, or by an attacker who knows the guard's direction and takes those that it tells apart most. Both
+ways to find a direction are tried: a logistic regression bends to a few wrong labels, a difference of means moves by their share.
 
 It knows embeddings, probes and guards; it knows no model but to ask it.
 """
@@ -32,7 +33,7 @@ from steerguard.guard import Guard
 from steerguard.journal import Journal
 from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered_interval
 from steerguard.metrics.reading import check_unguarded
-from steerguard.probe import FOLDS, Probe, fit_probe
+from steerguard.probe import FOLDS, Direction, Probe, fit_probe
 from steerguard.prompts import Prompt
 from steerguard.scorers import Scorer
 from steerguard.sweeping.answers import Answers, Row
@@ -57,12 +58,14 @@ class Poisoned:
     share: float
     "that was asked for, 0 to 1"
     which: Which
+    direction: Direction
+    "how the direction was found"
     pairs: int
     "that were poisoned"
     of: int
     "pairs"
     cosine: float
-    "of its direction with the clean one; the least of the guard's layers"
+    "with the direction that is found likewise with nothing poisoned; the least of the guard's layers"
     auroc: float
     "on answers that it was not fitted on, with their true labels; the least of the layers"
     auroc_seen: float
@@ -72,12 +75,12 @@ class Poisoned:
     recovered: Interval | None
     "share of the gap from unguarded to aligned, in percent"
     less_than_clean: Interval | None
-    "trait less that with nothing poisoned, scenario by scenario"
+    "trait less that with nothing poisoned and a direction found likewise, scenario by scenario"
     note: str = ""
 
     def __str__(self) -> str:
         return (
-            f"{self.pairs} of {self.of} pairs ({self.which}): cosine {self.cosine:.3f}, AUROC {self.auroc:.3f} (seems "
+            f"{self.pairs} of {self.of} pairs ({self.which}, {self.direction}): cosine {self.cosine:.3f}, AUROC {self.auroc:.3f} (seems "
             f"{self.auroc_seen:.3f}), trait {figure(self.trait)}, recovered {figure(self.recovered)} %"
             f"{f'; {self.note}' if self.note else ''}"
         )
@@ -85,7 +88,7 @@ class Poisoned:
 
 @dataclass(frozen=True)
 class Poison:
-    """All shares, the clean one first."""
+    """All shares; of each way to find a direction, the clean one first."""
 
     results: tuple[Poisoned, ...]
     unguarded: Interval | None
@@ -99,14 +102,13 @@ class Poison:
     sampling: Sampling
     seed: int
 
-    def of(self, share: float, which: Which = "random") -> Poisoned:
-        """The result of a share. Raises InputError, naming what there is."""
+    def of(self, share: float, which: Which = "random", direction: Direction = "logistic") -> Poisoned:
+        """One result. Raises InputError, naming what there is."""
         for one in self.results:
-            if one.share == share and (one.which == which or one.pairs == 0):
+            if one.share == share and one.direction == direction and (one.which == which or one.pairs == 0):
                 return one
-        raise InputError(
-            f"nothing was poisoned at {share:g}, {which}; there are {', '.join(f'{r.share:g}' for r in self.results)}"
-        )
+        known = ", ".join(f"{one.share:g} {one.which} {one.direction}" for one in self.results)
+        raise InputError(f"nothing was poisoned at {share:g} {which} {direction}; there are {known}")
 
     def __str__(self) -> str:
         head = f"{self.scenarios} scenarios; unguarded {figure(self.unguarded)}, aligned {figure(self.aligned)}"
@@ -135,15 +137,17 @@ def choose(pos: Floats, neg: Floats, share: float, which: Which, v: Floats, rng:
     return chosen
 
 
-def true_auroc(pos: Floats, neg: Floats, chosen: Bools, groups: Groups, probe: Probe, *, seed: int) -> float:
+def true_auroc(
+    pos: Floats, neg: Floats, chosen: Bools, groups: Groups, layer: int, *, direction: Direction = "logistic", seed: int = 42
+) -> float:
     """AUROC of answers with their true labels, each read by a direction that was fitted on the poisoned pairs of other groups."""
-    fold = np.random.default_rng([seed, probe.layer]).permutation(int(groups.max()) + 1) % FOLDS
+    fold = np.random.default_rng([seed, layer]).permutation(int(groups.max()) + 1) % FOLDS
     one, other = swapped(pos, neg, chosen)
     high, low = np.empty(len(pos)), np.empty(len(pos))
     for k in range(FOLDS):
         out = fold[groups] == k
         known = np.unique(groups[~out], return_inverse=True)[1].astype(np.int64)
-        fitted = fit_probe(one[~out], other[~out], layer=probe.layer, groups=known, seed=seed)
+        fitted = fit_probe(one[~out], other[~out], layer=layer, groups=known, direction=direction, seed=seed)
         high[out], low[out] = pos[out] @ fitted.v - fitted.m, neg[out] @ fitted.v - fitted.m
     return auroc(high, low)
 
@@ -161,6 +165,7 @@ def poison(
     scorer: Scorer,
     shares: Sequence[float] = SHARES,
     which: Sequence[Which] = ("random",),
+    directions: Sequence[Direction] = ("logistic", "mean-difference"),
     sampling: Sampling = Sampling(),
     seed: int = 42,
     store: Path | None = None,
@@ -188,13 +193,14 @@ def poison(
         )
     check_unguarded(model)
     groups = np.unique(["\n".join(pair.scenario.turns) for pair in pairs], return_inverse=True)[1].astype(np.int64)
-    plan: list[tuple[float, Which]] = [(0.0, "random"), *((share, how) for how in which for share in shares if share > 0)]
+    poisoned: list[tuple[float, Which]] = [(0.0, "random"), *((share, how) for how in which for share in shares if share > 0)]
+    plan = [(direction, *one) for direction in directions for one in poisoned]
     # 1. probes and guards
     made = []
-    for i, (share, how) in enumerate(plan):
+    for i, one in enumerate(plan):
         if progress is not None:
             progress("probes on poisoned pairs", i, len(plan))
-        made.append(_fitted(guard, pos, neg, groups, share, how, seed))
+        made.append(_fitted(guard, pos, neg, groups, *one, seed))
     # 2. what they bring back
     aligned, misaligned = zip(*(prompts_of(scenario) for scenario in scenarios), strict=True)
     with closing(Journal(store)) as journal:
@@ -202,17 +208,17 @@ def poison(
 
         def trait(prompts: Sequence[Prompt], guards: tuple[Guard, ...], what: str) -> list[float | None]:
             kept = answers.of([Row(prompt, guards) for prompt in prompts], f"poisoned pairs, {what}")
-            return [score.trait for score in scorer.scores(scenarios, [one.text for one in kept])]
+            return [score.trait for score in scorer.scores(scenarios, [answer.text for answer in kept])]
 
         best, plain = trait(aligned, (), "aligned"), trait(misaligned, (), "unguarded")
         values = [None if own is None else trait(misaligned, (own,), f"{found.pairs} of {found.of}") for found, own in made]
     # 3. figures
     ids = [scenario.id for scenario in scenarios]
-    clean = values[0]
+    clean = {found.direction: own for (found, _), own in zip(made, values, strict=True) if found.pairs == 0}
     results = tuple(
         found if own is None else replace(
             found, trait=bootstrap_interval(own, groups=ids), recovered=recovered_interval(plain, best, own),
-            less_than_clean=None if clean is None else paired_difference(own, clean, groups=ids),
+            less_than_clean=_difference(own, clean[found.direction], ids),
         )
         for (found, _), own in zip(made, values, strict=True)
     )  # fmt: skip
@@ -222,20 +228,26 @@ def poison(
     )  # fmt: skip
 
 
+def _difference(own: Sequence[float | None], clean: Sequence[float | None] | None, ids: Sequence[str]) -> Interval | None:
+    return None if clean is None else paired_difference(own, clean, groups=ids)
+
+
 def _fitted(
-    guard: Guard, pos: Floats, neg: Floats, groups: Groups, share: float, which: Which, seed: int
+    guard: Guard, pos: Floats, neg: Floats, groups: Groups, direction: Direction, share: float, which: Which, seed: int
 ) -> tuple[Poisoned, Guard | None]:
     """The guard on poisoned pairs, with what is known of it before it is asked anything."""
     rng = np.random.default_rng([seed, round(share * 1e6)])
     chosen = choose(pos[:, 0], neg[:, 0], share, which, guard.probes[0].v, rng)
-    probes, read = [], []
-    for i, clean in enumerate(guard.probes):
+    probes: list[Probe] = []
+    read = []
+    for i, layer in enumerate(guard.layers):
         own = pos[:, i], neg[:, i]
-        probes.append(fit_probe(*swapped(*own, chosen), layer=clean.layer, groups=groups, seed=seed))
-        reference = fit_probe(*own, layer=clean.layer, groups=groups, seed=seed) if chosen.any() else probes[-1]
-        read.append((float(probes[-1].v @ reference.v), true_auroc(*own, chosen, groups, clean, seed=seed)))
+        probes.append(fit_probe(*swapped(*own, chosen), layer=layer, groups=groups, direction=direction, seed=seed))
+        clean = fit_probe(*own, layer=layer, groups=groups, direction=direction, seed=seed) if chosen.any() else probes[-1]
+        area = true_auroc(*own, chosen, groups, layer, direction=direction, seed=seed)
+        read.append((float(probes[-1].v @ clean.v), area))
     found = Poisoned(
-        share=share, which=which, pairs=int(chosen.sum()), of=len(pos), cosine=min(cosine for cosine, _ in read),
+        share=share, which=which, direction=direction, pairs=int(chosen.sum()), of=len(pos), cosine=min(cosine for cosine, _ in read),
         auroc=min(area for _, area in read), auroc_seen=min(probe.evidence.auroc for probe in probes),
         trait=None, recovered=None, less_than_clean=None,
     )  # fmt: skip

@@ -159,8 +159,9 @@ def shots_of(contrast: Contrast) -> tuple[Shot, ...]:
 def wordings(said: Texts, shots: Sequence[Shot] = (), *, k: int = SHOTS) -> tuple[Wording, ...]:
     """Every way to attack with these texts.
 
-    The first two are there to compare with: `aligned`, the aligned system prompt, which is no attack, and `plain`, the scenario's
-    own malicious one.
+    The first are there to compare with: `aligned`, the aligned system prompt, which is no attack; `homoglyphs-aligned`, the same in
+    letters that the model may not know, which is none either: what it does to an unguarded model is the letters' doing and no
+    order's; and `plain`, the scenario's own malicious prompt.
 
     Args:
         shots: examples for `many-shot` (under the malicious system prompt) and `many-shot-aligned` (under the aligned one, where
@@ -185,6 +186,7 @@ def wordings(said: Texts, shots: Sequence[Shot] = (), *, k: int = SHOTS) -> tupl
 
     found = [
         Wording("aligned", "control", system(lambda scenario, i: scenario.positive)),
+        Wording("homoglyphs-aligned", "control", system(lambda scenario, i: ENCODINGS["homoglyphs"](scenario.positive))),
         Wording("plain", "control", system(lambda scenario, i: scenario.negative)),
         Wording("reworded", "wording", turned(said.reworded)),
         Wording("roleplay", "roleplay", system(lambda s, i: around[i % len(around)].replace("{order}", s.negative))),
