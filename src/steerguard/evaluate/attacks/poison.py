@@ -4,11 +4,15 @@
     result = poison(model, trait.test, guard, contrast, (pos, neg), scorer=scorer)
     print(result)
 
-For each share the probe of every layer of the guard is fitted again on the pairs with so many poles exchanged, and the guard with
-its rule, strength and positions made of it. What comes of it: the cosine with the clean direction, how well it reads held-out
-answers with their true labels, how well it *seems* to read (with the labels that whoever fits it has), and what the guard brings
-back. Pairs are poisoned by lot, or by an attacker who knows the guard's direction and takes those that it tells apart most. Both
-ways to find a direction are tried: a logistic regression bends to a few wrong labels, a difference of means moves by their share.
+For each share the probe of every layer of the guard is fitted again on the pairs with so many poles exchanged, and the guard
+with its rule, strength and positions made of it. What comes of it: the cosine with the clean direction, how well it reads
+held-out answers with their true labels, how well it *seems* to read (with the labels that whoever fits it has), and what the
+guard brings back. Pairs are poisoned by lot, or by an attacker who knows the guard's direction and takes those that it tells
+apart most.
+
+Both ways to find a direction are tried: a logistic regression bends to a few wrong labels, a difference of means moves by their
+share. Labels decide the statistics as well, and a rule whose strength counts spreads may fail for no other reason than that: so
+each guard is tried again at the strength at which it moves tokens as far as the guard that was given (`retuned`).
 
 It knows embeddings, probes and guards; it knows no model but to ask it.
 """
@@ -27,15 +31,16 @@ import numpy.typing as npt
 from steerguard.backends.base import Backend, Floats, Sampling
 from steerguard.errors import InputError, RuleError
 from steerguard.evaluate.attacks.monitor import auroc
+from steerguard.evaluate.matching import match, mean_shift, projections
 from steerguard.evaluate.results import figure
 from steerguard.fitting import Contrast, prompts_of
 from steerguard.guard import Guard
 from steerguard.journal import Journal
 from steerguard.metrics import Interval, bootstrap_interval, paired_difference, recovered_interval
-from steerguard.metrics.reading import check_unguarded
+from steerguard.metrics.reading import Exchange, check_unguarded
 from steerguard.probe import FOLDS, Direction, Probe, fit_probe
 from steerguard.prompts import Prompt
-from steerguard.scorers import Scorer
+from steerguard.scorers import Score, Scorer
 from steerguard.sweeping.answers import Answers, Row
 from steerguard.traits import Scenario
 
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 SHARES = (0.0, 0.05, 0.10, 0.25)
 """Of the pairs: none, what the field asks for, and more than anybody would miss."""
 BATCH = 16
+TINY = 1e-12
 
 Which = Literal["random", "strongest"]
 Groups = npt.NDArray[np.int64]
@@ -70,18 +76,26 @@ class Poisoned:
     "on answers that it was not fitted on, with their true labels; the least of the layers"
     auroc_seen: float
     "what a fit on these pairs reports: held out as well, but with the labels as they are given"
+    spread: float
+    "sigma_pos over that with nothing poisoned; the greatest of the layers"
     trait: Interval | None
     "of the answers under the malicious prompts with this guard; None if there is no guard, see `note`"
+    coherence: Interval | None
     recovered: Interval | None
     "share of the gap from unguarded to aligned, in percent"
     less_than_clean: Interval | None
     "trait less that with nothing poisoned and a direction found likewise, scenario by scenario"
+    retuned: Interval | None
+    "trait at the strength at which it moves tokens as far as the guard that was given; None if there is no such strength"
+    strength: float | None
+    "that strength"
     note: str = ""
 
     def __str__(self) -> str:
         return (
-            f"{self.pairs} of {self.of} pairs ({self.which}, {self.direction}): cosine {self.cosine:.3f}, AUROC {self.auroc:.3f} (seems "
-            f"{self.auroc_seen:.3f}), trait {figure(self.trait)}, recovered {figure(self.recovered)} %"
+            f"{self.pairs} of {self.of} pairs ({self.which}, {self.direction}): cosine {self.cosine:.3f}, AUROC {self.auroc:.3f} "
+            f"(seems {self.auroc_seen:.3f}), sigma_pos x {self.spread:.1f}, trait {figure(self.trait)}, coherence "
+            f"{figure(self.coherence)}, recovered {figure(self.recovered)} %, retuned {figure(self.retuned)}"
             f"{f'; {self.note}' if self.note else ''}"
         )
 
@@ -206,30 +220,71 @@ def poison(
     with closing(Journal(store)) as journal:
         answers = Answers(model, sampling, journal, batch=batch, progress=progress)
 
-        def trait(prompts: Sequence[Prompt], guards: tuple[Guard, ...], what: str) -> list[float | None]:
-            kept = answers.of([Row(prompt, guards) for prompt in prompts], f"poisoned pairs, {what}")
-            return [score.trait for score in scorer.scores(scenarios, [answer.text for answer in kept])]
+        def scores(prompts: Sequence[Prompt], own: Guard | None, what: str) -> list[Score]:
+            kept = answers.of([Row(prompt, () if own is None else (own,)) for prompt in prompts], f"poisoned pairs, {what}")
+            return scorer.scores(scenarios, [answer.text for answer in kept])
 
-        best, plain = trait(aligned, (), "aligned"), trait(misaligned, (), "unguarded")
-        values = [None if own is None else trait(misaligned, (own,), f"{found.pairs} of {found.of}") for found, own in made]
+        plain = answers.of([Row(prompt) for prompt in misaligned], "poisoned pairs, unguarded", whole=True)
+        retuned = _retuned(model, guard, [own for _, own in made], [(p, k.ids) for p, k in zip(misaligned, plain, strict=True)])
+        best, worst = scores(aligned, None, "aligned"), scorer.scores(scenarios, [kept.text for kept in plain])
+        told = [f"{found.pairs} of {found.of}" for found, _ in made]
+        values = [None if own is None else scores(misaligned, own, what) for (_, own), what in zip(made, told, strict=True)]
+        again = [
+            None if own is None else scores(misaligned, own, f"{what}, retuned") for own, what in zip(retuned, told, strict=True)
+        ]
     # 3. figures
-    ids = [scenario.id for scenario in scenarios]
     clean = {found.direction: own for (found, _), own in zip(made, values, strict=True) if found.pairs == 0}
-    results = tuple(
-        found if own is None else replace(
-            found, trait=bootstrap_interval(own, groups=ids), recovered=recovered_interval(plain, best, own),
-            less_than_clean=_difference(own, clean[found.direction], ids),
-        )
-        for (found, _), own in zip(made, values, strict=True)
-    )  # fmt: skip
+    arms = _Arms([scenario.id for scenario in scenarios], worst, best, clean)
+    parts = zip(made, values, again, retuned, strict=True)
+    results = [arms.of(found, own, other, one) for (found, _), own, other, one in parts]
     return Poison(
-        results, bootstrap_interval(plain, groups=ids), bootstrap_interval(best, groups=ids), len(scenarios),
-        model.identity.name, guard.digest, dict(scorer.identity), sampling, seed,
+        tuple(results), arms.mean(worst), arms.mean(best), len(scenarios), model.identity.name, guard.digest,
+        dict(scorer.identity), sampling, seed,
     )  # fmt: skip
 
 
-def _difference(own: Sequence[float | None], clean: Sequence[float | None] | None, ids: Sequence[str]) -> Interval | None:
-    return None if clean is None else paired_difference(own, clean, groups=ids)
+@dataclass(frozen=True)
+class _Arms:
+    """What every poisoned guard is compared with."""
+
+    ids: Sequence[str]
+    unguarded: Sequence[Score]
+    aligned: Sequence[Score]
+    clean: Mapping[Direction, Sequence[Score] | None]
+
+    def mean(self, scores: Sequence[Score] | None) -> Interval | None:
+        return None if scores is None else bootstrap_interval(_trait(scores), groups=self.ids)
+
+    def of(self, found: Poisoned, own: Sequence[Score] | None, again: Sequence[Score] | None, retuned: Guard | None) -> Poisoned:
+        """The result with what its answers were worth."""
+        more = replace(found, retuned=self.mean(again), strength=None if retuned is None else retuned.rule.strength)
+        if own is None:
+            return more
+        clean = self.clean[found.direction]
+        return replace(
+            more, trait=self.mean(own), coherence=bootstrap_interval([one.coherence for one in own], groups=self.ids),
+            recovered=recovered_interval(_trait(self.unguarded), _trait(self.aligned), _trait(own)),
+            less_than_clean=None if clean is None else paired_difference(_trait(own), _trait(clean), groups=self.ids),
+        )  # fmt: skip
+
+
+def _trait(scores: Sequence[Score]) -> list[float | None]:
+    return [score.trait for score in scores]
+
+
+def _retuned(model: Backend, guard: Guard, made: Sequence[Guard | None], exchanges: Sequence[Exchange]) -> list[Guard | None]:
+    """Each guard at the strength at which it moves these tokens as far as the given one; None where there is none."""
+    known = [one for one in made if one is not None]
+    if len(guard.probes) != 1 or not known or not type(guard.rule).grid:
+        return [None] * len(made)
+    rho, *others = projections(model, exchanges, guard, [guard.probes[0].v, *(one.probes[0].v for one in known)])
+    target = mean_shift(guard.rule, guard.probes[0], rho)
+    found = {
+        id(one): replace(one, rule=best.rule)
+        for one, on_v in zip(known, others, strict=True)
+        if target > 0 and (best := match(guard.rule.name, one.probes[0], on_v, target)).matched
+    }
+    return [None if one is None else found.get(id(one)) for one in made]
 
 
 def _fitted(
@@ -245,11 +300,12 @@ def _fitted(
         probes.append(fit_probe(*swapped(*own, chosen), layer=layer, groups=groups, direction=direction, seed=seed))
         clean = fit_probe(*own, layer=layer, groups=groups, direction=direction, seed=seed) if chosen.any() else probes[-1]
         area = true_auroc(*own, chosen, groups, layer, direction=direction, seed=seed)
-        read.append((float(probes[-1].v @ clean.v), area))
+        read.append((float(probes[-1].v @ clean.v), area, probes[-1].sigma_pos / max(clean.sigma_pos, TINY)))
+    cosines, areas, spreads = zip(*read, strict=True)
     found = Poisoned(
-        share=share, which=which, direction=direction, pairs=int(chosen.sum()), of=len(pos), cosine=min(cosine for cosine, _ in read),
-        auroc=min(area for _, area in read), auroc_seen=min(probe.evidence.auroc for probe in probes),
-        trait=None, recovered=None, less_than_clean=None,
+        share=share, which=which, direction=direction, pairs=int(chosen.sum()), of=len(pos), cosine=min(cosines),
+        auroc=min(areas), auroc_seen=min(probe.evidence.auroc for probe in probes), spread=max(spreads), trait=None,
+        coherence=None, recovered=None, less_than_clean=None, retuned=None, strength=None,
     )  # fmt: skip
     try:
         own_guard = replace(guard, probes=tuple(probes), provenance={"poisoned": share}, allow_weak=True)

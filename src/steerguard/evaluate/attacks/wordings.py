@@ -159,9 +159,9 @@ def shots_of(contrast: Contrast) -> tuple[Shot, ...]:
 def wordings(said: Texts, shots: Sequence[Shot] = (), *, k: int = SHOTS) -> tuple[Wording, ...]:
     """Every way to attack with these texts.
 
-    The first are there to compare with: `aligned`, the aligned system prompt, which is no attack; `homoglyphs-aligned`, the same in
-    letters that the model may not know, which is none either: what it does to an unguarded model is the letters' doing and no
-    order's; and `plain`, the scenario's own malicious prompt.
+    The first are there to compare with: `aligned`, the aligned system prompt, which is no attack; `homoglyphs-aligned`, the same
+    in letters that the model may not know, which is none either: what it does to an unguarded model is the letters' doing and
+    no order's; and `plain`, the scenario's own malicious prompt.
 
     Args:
         shots: examples for `many-shot` (under the malicious system prompt) and `many-shot-aligned` (under the aligned one, where
