@@ -19,6 +19,7 @@ from steerguard.fitting import Contrast, collect, embed, fit
 from steerguard.organism.capability import benign
 from steerguard.organism.demo import SAMPLING
 from steerguard.scorers import scorer_for
+from steerguard.sweeping import Benign
 
 pytestmark = pytest.mark.slow
 LAYER = 3
@@ -51,7 +52,7 @@ def test_wordings_are_stopped_and_noticed_and_what_cannot_be_read_is_no_attack(
 ) -> None:
     ways = [way for way in wordings(texts("organism-honesty"), shots_of(contrast)) if way.name in (*LIVE, *NONE)]
     found = attacks(
-        model, trait.test[:10], guard, ways, scorer=scorer_for(trait), benign=benign().prompts[:30], sampling=SAMPLING
+        model, trait.test[:8], guard, ways, scorer=scorer_for(trait), benign=benign().prompts[:20], sampling=SAMPLING
     )  # fmt: skip
     for name in LIVE:
         one = found[name]
@@ -90,14 +91,15 @@ def test_the_suite_on_the_bundled_model(
 ) -> None:
     import steerguard.evaluate.sections.attacks as module
 
-    monkeypatch.setattr(module, "WORDINGS", (3, 3))
+    monkeypatch.setattr(module, "WORDINGS", (2, 2))
     monkeypatch.setattr(module, "SUFFIXES", (2, 2))
     monkeypatch.setattr(module, "STEPS", (3, 3))
     monkeypatch.setattr(module, "CANDIDATES", (6, 6))
     monkeypatch.setattr(module, "POISONED", (4, 4))
+    few = replace(trait, train=trait.train[:16])
     context = Context(
-        model=model, guard=guard, trait=trait, scorer=scorer_for(trait), benign=benign(), sampling=SAMPLING, size="quick",
-        folder=tmp_path,
+        model=model, guard=guard, trait=few, scorer=scorer_for(trait), benign=Benign(benign().prompts[:10]), sampling=SAMPLING,
+        size="quick", folder=tmp_path,
     )  # fmt: skip
     for section in suite(["attacks"]):
         assert section.estimate(context).answers > 0

@@ -32,6 +32,7 @@ BENIGN = 32
 STEPS, CANDIDATES = (12, 24), (24, 32)
 SHARES = (0.05, 0.10), (0.05, 0.10, 0.25)
 NOTHING = "no attack made the unguarded model misbehave"
+QUICKLY = "the quick size is a look whether the search runs: too small to call a guard safe; `--size full` gives it a chance"
 JUDGE = "a judge, which scores the trait {} (--judge MODEL@URL)"
 
 
@@ -211,6 +212,7 @@ class Suffix(Section):
                 f"{plan.length} tokens after the malicious system prompt, {plan.evaluations} forward passes for each scenario, "
                 f"{found.skipped} scenarios left out because the unguarded model behaves on them; an attacker with more "
                 "time finds more: this is a lower bound of what a white-box attacker can do",
+                *([QUICKLY] if context.size == "quick" else []),
             ],
             settings={"scenarios": n, "steps": plan.steps, "candidates": plan.candidates, "length": plan.length},
         )  # fmt: skip
