@@ -90,7 +90,7 @@ def test_suites_are_made_of_sections() -> None:
     assert {name for own in SUITES.values() for name in own} <= set(SECTIONS)
     assert [one.name for one in suite(["full"])] == list(SECTIONS)
     assert [one.name for one in suite(["benign", "trait", "benign"])] == ["trait", "benign"]
-    with pytest.raises(InputError, match="there are quick, full, trait"):
+    with pytest.raises(InputError, match="there are quick, attacks, full, trait"):
         suite(["slow"])
 
 
@@ -168,7 +168,7 @@ def test_estimates_say_what_is_lacking(context: Context) -> None:
 # ------------------------------------------------------------------------------------------------ the sections
 
 
-@pytest.mark.parametrize("name", ["trait", "benign", "prompts", "controls", "capability"])
+@pytest.mark.parametrize("name", ["trait", "benign", "prompts", "controls", "capability", "poison"])
 def test_a_section_on_a_tiny_model(context: Context, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import steerguard.evaluate.sections.capability as capability
 

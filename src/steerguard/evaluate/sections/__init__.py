@@ -36,9 +36,15 @@ SECTIONS: dict[str, str] = {
     "turns": f"{_HERE}.turns:Turns",
     "controls": f"{_HERE}.controls:Controls",
     "prompts": f"{_HERE}.prompts:Prompts",
+    "wordings": f"{_HERE}.attacks:Wordings",
+    "suffix": f"{_HERE}.attacks:Suffix",
+    "poison": f"{_HERE}.attacks:Poison",
 }
 """name -> module:class, in the order in which they are run and shown."""
-SUITES: dict[str, tuple[str, ...]] = {"quick": ("trait", "benign", "capability", "turns", "controls", "prompts")}
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": ("trait", "benign", "capability", "turns", "controls", "prompts"),
+    "attacks": ("wordings", "suffix", "poison"),
+}
 """name -> the sections of it; `full` is all of them."""
 
 
@@ -61,6 +67,6 @@ def suite(names: Sequence[str]) -> list[Section]:
     wanted: set[str] = set()
     for name in names:
         if name not in SECTIONS and name not in (*SUITES, "full"):
-            raise InputError(f"there is no suite {name!r}; there are quick, full, {', '.join(SECTIONS)}")
+            raise InputError(f"there is no suite {name!r}; there are {', '.join((*SUITES, 'full', *SECTIONS))}")
         wanted |= set(SECTIONS if name == "full" else SUITES.get(name, (name,)))
     return [section(name) for name in SECTIONS if name in wanted]
