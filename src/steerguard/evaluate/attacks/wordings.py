@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
-from steerguard import files
+from steerguard import files, strict_yaml
 from steerguard.errors import InputError
 from steerguard.files import Malformed, shown
 from steerguard.fitting import Contrast
@@ -110,11 +108,10 @@ def texts(name_or_file: str | os.PathLike[str]) -> Texts:
 
 
 def _yaml(path: Path) -> Any:
-    data = files.read_bounded(path, limit=MAX_BYTES, error=InputError)
     try:
-        return yaml.safe_load(data.decode("utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise Malformed(f"this is not YAML: {str(error).splitlines()[0]}") from error
+        return strict_yaml.read(files.read_bounded(path, limit=MAX_BYTES, error=InputError))
+    except strict_yaml.NotYaml as error:
+        raise InputError(error.at(path)) from error
 
 
 def _all_texts(key: str, values: Sequence[object]) -> None:
