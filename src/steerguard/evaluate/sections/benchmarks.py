@@ -49,7 +49,9 @@ class Benchmarks(Section):
 
     name, title = "benchmarks", "Public benchmarks"
     question = "Does it still know and reason as it did?"
-    figures = tuple(Figure(f"benchmarks.{one.name}", one.label, "points of 100", "higher", "costs", LOSS) for one in BENCHMARKS)
+    figures = tuple(
+        Figure(f"benchmarks.{one.name}", one.label, "points of 100", "higher", "costs", LOSS) for one in BENCHMARKS
+    )
 
     def missing(self, context: Context) -> str:
         if context.organism:
@@ -94,7 +96,9 @@ def cached(dataset: str) -> bool:
     return (Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "snapshots").is_dir()
 
 
-def both_arms(context: Context, task: Any, limit: int | None, logs: Path | None) -> tuple[list[float | None], list[float | None]]:
+def both_arms(
+    context: Context, task: Any, limit: int | None, logs: Path | None
+) -> tuple[list[float | None], list[float | None]]:
     """What each question's answer is worth to a task of Inspect's, 0 to 100: unguarded and guarded, in the same order.
 
     Args:
