@@ -136,6 +136,7 @@ def own(model: sg.Backend) -> sg.Guard:
     return tiny.guard(model.identity, sg.StTP(12), (tiny.probe(2, 48, rho=rho),), name="own")
 
 
+@pytest.mark.slow
 def test_all_attacks_on_a_tiny_model(model: sg.Backend, own: sg.Guard, tmp_path: Path) -> None:
     ways = wordings(texts("organism-honesty"), [Shot("A day?", "the week"), Shot("A week?", "the day"), Shot("You?", "me")], k=2)
     ways = [way for way in ways if way.family != "encoding"]
