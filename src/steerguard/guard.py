@@ -28,7 +28,7 @@ from steerguard.files import Malformed, canonical_json
 from steerguard.identity import ModelIdentity as ModelIdentity
 from steerguard.identity import read_identity
 from steerguard.probe import Probe
-from steerguard.rules import RULES, Gate, Rule, rule
+from steerguard.rules import RULES, Gate, Rule, Watch, rule
 
 Positions = Literal["all", "response"]
 """`all`: prompt and answer, the paper's headline setting; `response`: generated tokens only."""
@@ -187,6 +187,14 @@ class Guard:
             return self
         provenance = {**self.provenance, "waived": {"model": self.model.name, "differs": waived}}
         return replace(self, model=identity, provenance=provenance)
+
+    def watching(self, positions: Positions | None = None) -> Guard:
+        """The same guard without an effect: it reads every token that it would read, and moves none, bit for bit.
+
+        Args:
+            positions: where it reads; by default as this one.
+        """
+        return replace(self, rule=Watch(), positions=positions or self.positions)
 
     # ------------------------------------------------------------------------------------------------- the file
 

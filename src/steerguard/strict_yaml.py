@@ -6,7 +6,7 @@ this module knows only the language.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -63,6 +63,22 @@ def _keys(node: yaml.Node | None, parent: str = "", depth: int = 0) -> Iterator[
         for key, value in node.value:
             yield parent, str(key.value), key.start_mark.line + 1
             yield from _keys(value, str(key.value), depth + 1)
+
+
+def assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """What settings like `KEY=VALUE` say: keys are words, dotted or not, each given once; values are YAML. Raises NotYaml."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not all(word.isidentifier() for word in key.split(".")):
+            raise NotYaml(f"a setting is KEY=VALUE, got {shown(text)}")
+        if key in found:
+            raise NotYaml(f"{key} is set twice; give it once")
+        try:
+            found[key] = read(value)
+        except NotYaml as error:
+            raise NotYaml(f"{shown(text)}: {error}") from error
+    return found
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -18,8 +18,7 @@ import steerguard as sg
 import tiny
 from steerguard.backends.fake import Fault
 from steerguard.errors import InputError, NotSteering, ResultError
-from steerguard.evaluate import running
-from steerguard.evaluate.engine import BATCH
+from steerguard.evaluate import BATCH, running
 from steerguard.evaluate.results import as_json
 from steerguard.evaluate.section import Context, Estimate, Figure, Row, Section, SectionResult
 from steerguard.evaluate.sections import SECTIONS, SUITES, figure_names, section, suite

@@ -18,6 +18,7 @@ import tiny
 from steerguard.backends import load
 from steerguard.errors import InputError
 from steerguard.metrics import likelihood
+from steerguard.metrics.benign import fires
 from steerguard.metrics.likelihood import cross_entropy, divergences, kl, log_softmax, surprisal
 from steerguard.metrics.reading import exchanges
 from steerguard.prompts import conversation
@@ -201,6 +202,27 @@ def test_a_guard_on_the_response_leaves_the_prompts_predictions(model: sg.Backen
     assert everything * (len(answer.prompt_ids) + len(answer.ids) - 1) == pytest.approx(response * len(answer.ids))
     # the first token is predicted from the prompt, which this guard leaves alone
     assert divergences(model, [(ALIGNED, answer.ids[:1])], {"g": guard})["g"] == [0.0]
+
+
+def test_where_a_guard_is_known_to_be_idle_no_forward_is_needed(model: sg.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `fires` tells to be still is exactly 0 with and without the forward; what it does not is read as before."""
+    prompts = [ALIGNED, MALICIOUS, *PROMPTS[1:]]
+    read = [*exchanges(prompts, greedy(model, prompts)), (ALIGNED, ())]
+    v = guard_of(model, sg.Ablate()).probes[0].v
+    lowest = sorted(float((model.residuals(prompt, tuple(ids)[:-1])[1] @ v).min()) for prompt, ids in read)
+    between = (lowest[0] + lowest[-1]) / 2  # below some tokens of some conversations, and of others below none
+    guards = {"some": guard_of(model, sg.Floor(between)), "none": guard_of(model, sg.Watch()), "all": guard_of(model, sg.SwFC(1))}
+    idle = {key: [one.moved == 0 for one in found] for key, found in fires(model, read, guards).items()}
+    assert (any(idle["some"]), all(idle["some"]), all(idle["none"]), any(idle["all"])) == (True, False, True, False)
+    assert divergences(model, read, guards, idle=idle) == (whole := divergences(model, read, guards))
+    assert whole["none"] == [0.0] * 4 + [None]
+    # and it is not asked: one forward for each conversation and guard that acts, one for each that is acted on
+    asked = []
+    monkeypatch.setattr(model, "logits", lambda *a, whole=model.logits, **k: asked.append(k["guards"]) or whole(*a, **k))
+    divergences(model, read, guards, idle=idle)
+    assert asked.count(None) == 4 and len(asked) == 8 + idle["some"][:4].count(False)
+    # told to be idle where it is not, it is believed: the flags decide
+    assert divergences(model, read, {"all": guards["all"]}, idle={"all": [True] * 5})["all"] == [0.0] * 4 + [None]
 
 
 def test_no_answer(model: sg.Backend) -> None:

@@ -110,7 +110,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no recipe and no file 'nothing'; bundled are organism/compassion"):
         recipe("nothing")
     for override in ("seed", "=1", "a-b=1", "a..b=1"):
-        with pytest.raises(RecipeError, match="an override is KEY=VALUE"):
+        with pytest.raises(RecipeError, match="such as sampling.seed=7: a setting is KEY=VALUE"):
             build(LEAST, [override])
 
 

@@ -65,15 +65,12 @@ def engine_options(given: list[str]) -> dict[str, Any]:
     """Options as KEY=VALUE, the value as YAML reads it."""
     from steerguard import strict_yaml
 
-    found: dict[str, Any] = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not equals or not key.isidentifier() or key in found:
-            raise InputError(f"--engine takes KEY=VALUE, each key once, got {one!r}")
-        try:
-            found[key] = strict_yaml.read(value)
-        except strict_yaml.NotYaml as error:
-            raise InputError(f"--engine {one!r}: {error}") from error
+    try:
+        found = strict_yaml.assignments(given)
+    except strict_yaml.NotYaml as error:
+        raise InputError(f"--engine: {error}") from error
+    if dotted := [key for key in found if "." in key]:
+        raise InputError(f"--engine takes options of the backend, such as tensor_parallel_size=2, got {dotted[0]!r}")
     return found
 
 

@@ -32,7 +32,6 @@ from steerguard.fitting import Stage
 from steerguard.guard import Guard
 from steerguard.probe import Probe
 from steerguard.prompts import Prompt
-from steerguard.rules import rule
 
 RECORD = "reference"
 """The key of a guard's provenance."""
@@ -178,7 +177,7 @@ def with_reference(
         InputError: too few prompts whose answers have at least two tokens.
         GuardMismatch: a guard of another model.
     """
-    used = guard if acting else replace(guard, rule=rule("SwFC", 0.0))
+    used = guard if acting else guard.watching()
     requests: list[Projections] = []
     for start in range(0, len(prompts), batch):
         if progress is not None:

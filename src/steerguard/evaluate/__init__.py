@@ -12,3 +12,6 @@ It knows backends, scorers and judges. It ships no benchmark's data.
 """
 
 from __future__ import annotations
+
+BATCH = 32
+"""Rows that are answered at a time, unless it is said otherwise; what an answer says does not depend on it."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from steerguard import files
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.grading import Judged, as_budget, better_question, check_grader, judged
 from steerguard.evaluate.length_control import Gamed, LengthControlled, length_controlled
 from steerguard.evaluate.results import ARMS, Paired
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from steerguard.fitting import Stage
 
 MAX_BYTES = 256 * 2**20
-BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from steerguard.evaluate import card_file, card_markdown, card_pictures, wording
 from steerguard.evaluate.card import LIGHTS, Card, sentence
 from steerguard.evaluate.section import FEW, Row, Verdict
 from steerguard.report import answers
+from steerguard.report.wording import counted
 
 HTML, JSON, MARKDOWN = "card.html", "card.json", "card.md"
 ORDER: tuple[Verdict, ...] = ("over", "undecided", "within", "free")
@@ -75,7 +76,7 @@ def _environment() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "visible": answers.visible, "arms": wording.arms, "counted": wording.counted, "shown": wording.shown,
+        "visible": answers.visible, "arms": wording.arms, "counted": counted, "shown": wording.shown,
         "first": wording.first, "others": wording.others, "limit": wording.limit,
         "thin": lambda text: Markup("&nbsp;").join(str(text).split(" ")),
     }  # fmt: skip

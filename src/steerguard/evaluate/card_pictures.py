@@ -17,6 +17,7 @@ from steerguard.metrics import Interval
 from steerguard.report import bars, svg
 from steerguard.report.curves import NARROW, WIDE
 from steerguard.report.svg import Frame, Scale
+from steerguard.report.wording import counted
 
 FOREST, ROW = 150, 22
 ARMS = {"unguarded": ("malicious", "square"), "guarded": ("k0", "circle"), "released": ("k1", "triangle")}
@@ -90,7 +91,7 @@ def _curves(curves: Mapping[str, Sequence[tuple[int, Interval]]], turns: int, to
         colour, shape = ARMS[arm]
         parts.append(svg.polyline([frame.at(turn, held.mean) for turn, held in own], class_=f"curve {colour}"))
         for turn, held in own:
-            about = f"{arm}, turn {turn}: {wording.shown(held)}, {wording.counted(held)}"
+            about = f"{arm}, turn {turn}: {wording.shown(held)}, {counted(held)}"
             parts.append(svg.mark(shape, *frame.at(turn, held.mean), size=3.8, class_=f"dot {colour}", about=about))
         parts += [svg.mark(shape, 46 + 92 * i, 10, size=4, class_=f"dot {colour}"), svg.text(56 + 92 * i, 14, arm, class_="axis")]
     return svg.picture(width, 230, f"{metric} by turn", *parts)
@@ -120,7 +121,7 @@ def _forest_of(rows: Sequence[tuple[str, Interval | None, str]], width: int) -> 
         if held.low is not None and held.high is not None:
             parts.append(svg.line(x(held.low), y, x(held.high), y, class_=f"curve {colour}"))
         hollow = " hollow" if note else ""
-        about = f"{name}: {wording.shown(held)}, {wording.counted(held)}{f'; {note}' if note else ''}"
+        about = f"{name}: {wording.shown(held)}, {counted(held)}{f'; {note}' if note else ''}"
         parts.append(svg.mark("circle", x(held.mean), y, size=4.4, class_=f"dot {colour}{hollow}", about=about))
     return svg.picture(width, 60 + 22 * len(rows), "Trait of every control", *parts)
 

@@ -35,6 +35,7 @@ import numpy as np
 
 from steerguard.backends.base import Backend, Floats, Sampling
 from steerguard.errors import InputError, RuleError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.matching import (
     CLOSE,
     match,
@@ -44,6 +45,7 @@ from steerguard.evaluate.matching import (
     shuffled_direction,
     standing_as,
 )
+from steerguard.evaluate.results import by_name
 from steerguard.fitting import prompts_of
 from steerguard.guard import Guard
 from steerguard.journal import Journal
@@ -66,7 +68,6 @@ FOUND: tuple[Direction, ...] = ("logistic", "mean-difference")
 """How a direction may be found."""
 SAME = 0.9999
 """Cosine from which two directions are one."""
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,7 @@ class Controls:
 
     def arm(self, name: str) -> Control:
         """The arm of that name. Raises InputError, naming what there is."""
-        found = {arm.name: arm for arm in self.arms}
-        if name not in found:
-            raise InputError(f"there is no arm {name!r}; there are {', '.join(found)}")
-        return found[name]
+        return by_name(self.arms, name, "arm")
 
     def __str__(self) -> str:
         lines = [

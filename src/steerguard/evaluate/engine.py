@@ -19,13 +19,12 @@ from functools import cached_property
 
 from steerguard.backends.base import Answer, Backend, Sampling
 from steerguard.errors import InputError, NotSteering
+from steerguard.evaluate import BATCH
 from steerguard.files import canonical_json
 from steerguard.guard import Guard
 from steerguard.metrics.reading import check_unguarded
 from steerguard.prompts import Message
 
-BATCH = 32
-"""Rows that are answered at a time."""
 LINGER = 0.02
 """Seconds that the engine waits for company before it answers."""
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.names import canonical_name
 from steerguard.files import canonical_json, shown
 from steerguard.guard import Guard
@@ -49,7 +50,6 @@ LONGEST = 256
 """Tokens of an answer where a task does not say; lm-eval's own."""
 HONOURED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed")
 """What a task may ask for."""
-BATCH = 16
 
 
 @dataclass
@@ -150,7 +150,7 @@ class GuardedLM(LM):  # type: ignore[misc]
             self.usage.answer_tokens += len(answer.ids)
             self.usage.tokens_seen += answer.tokens_seen
             self.usage.tokens_moved += answer.tokens_moved
-        return [_cut(answer.text, sampling.stop) for answer in answers]
+        return [answer.text for answer in answers]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation its log-likelihood in nats, and whether it is what greedy decoding would say.
@@ -206,9 +206,3 @@ def sampling_of(given: Mapping[str, Any]) -> Sampling:
         stop=tuple(text for text in stop if text),
         seed=int(given.get("seed") or Sampling().seed),
     )
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of its stops."""
-    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
-    return text[: min(ends)] if ends else text

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from steerguard import files
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.grading import Judged, as_budget, check_grader, grade_question, judged
 from steerguard.evaluate.results import ARMS, Paired
 from steerguard.files import Malformed
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories that are graded beside a reference answer."""
 MAX_BYTES = 64 * 2**20
-BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
+from steerguard.evaluate.results import by_name
 from steerguard.fitting import Pair, prompts_of
 from steerguard.guard import Guard
 from steerguard.journal import Journal
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 SHOTS = 2
 """Exchanges that stand before the question."""
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,7 @@ class Prompting:
 
     def arm(self, name: str) -> Prompted:
         """The arm of that name. Raises InputError, naming what there is."""
-        found = {arm.name: arm for arm in self.arms}
-        if name not in found:
-            raise InputError(f"there is no arm {name!r}; there are {', '.join(found)}")
-        return found[name]
+        return by_name(self.arms, name, "arm")
 
 
 def reminded(scenario: Scenario) -> Prompt:

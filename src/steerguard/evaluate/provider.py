@@ -26,7 +26,8 @@ from weakref import WeakValueDictionary
 from steerguard.backends import backends, load
 from steerguard.backends.base import Answer, Backend, Sampling
 from steerguard.errors import InputError
-from steerguard.evaluate.engine import BATCH, Engine, Request
+from steerguard.evaluate import BATCH
+from steerguard.evaluate.engine import Engine, Request
 from steerguard.evaluate.names import canonical_name, plain
 from steerguard.files import canonical_json, shown
 from steerguard.guard import Guard

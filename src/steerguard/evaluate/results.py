@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,24 @@ from steerguard.errors import InputError
 from steerguard.metrics import Interval, bootstrap_interval, paired_difference
 
 ARMS = ("unguarded", "guarded")
+
+
+class Named(Protocol):
+    """Whatever has a name of its own among others."""
+
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def by_name(found: Sequence[N], name: str, what: str) -> N:
+    """The one of that name. Raises InputError, naming what there is."""
+    for one in found:
+        if one.name == name:
+            return one
+    raise InputError(f"there is no {what} {name!r}; there are {', '.join(one.name for one in found)}")
 
 
 @dataclass(frozen=True)

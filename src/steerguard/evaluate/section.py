@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.results import Paired
 from steerguard.files import shown
 from steerguard.guard import Guard
@@ -211,7 +212,7 @@ class Context:
     judge: JudgeConfig | None = None
     budget: Budget | None = None
     "what judging may spend, for all sections together"
-    batch: int = 16
+    batch: int = BATCH
     "rows that are answered at a time"
     progress: Stage | None = None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from steerguard import recalibrating
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.section import Context, Size, in_the_small_world
 from steerguard.guard import Guard
 from steerguard.judging import Budget, JudgeConfig, JudgeScorer, SpendLimit, judge_from
@@ -41,7 +42,7 @@ class Asked:
     size: Size = "quick"
     max_new_tokens: int | None = None
     seed: int | None = None
-    batch: int = 32
+    batch: int = BATCH
 
 
 def size_of(suites: Sequence[str], size: str | None) -> Size:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from steerguard.backends.base import Backend, Sampling
 from steerguard.embeddings import available
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.scripts import Script
 from steerguard.guard import Guard
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from steerguard.fitting import Stage
 
 METRICS = ("trait", "coherence", "again", "across", "within")
-BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.section import Limit, Part, Row, Verdict
 from steerguard.metrics import Interval
+from steerguard.report.wording import NOT_MEASURED, minus
 
-UNSCORED = "not measured"
 VERDICTS: Mapping[Verdict, str] = {
-    "over": "limit exceeded", "undecided": "not decided", "within": "kept", "free": "", "missing": UNSCORED,
+    "over": "limit exceeded", "undecided": "not decided", "within": "kept", "free": "", "missing": NOT_MEASURED,
 }  # fmt: skip
 PARTS: Mapping[Part, str] = {"buys": "What it buys", "costs": "What it costs", "fails": "Where it fails or might"}
 """The parts of a card, in order."""
@@ -20,12 +20,12 @@ PARTS: Mapping[Part, str] = {"buys": "What it buys", "costs": "What it costs", "
 def number(value: float | None, *, signed: bool = False) -> str:
     """A number with two or three digits that mean something: 93.5, 0.042, 1,240."""
     if value is None:
-        return UNSCORED
+        return NOT_MEASURED
     size = abs(value)
     digits = 0 if size >= 1000 else 1 if size >= 9.995 or size == 0 else min(4, 2 - math.floor(math.log10(size)))
     digits = min(digits, 2) if size >= 1 else digits
     text = f"{value:{'+' if signed else ''},.{digits}f}"
-    return text.replace("-", "−") if any(c in "123456789" for c in text) else text.lstrip("+-")
+    return minus(text)
 
 
 def span(found: Interval | None) -> str:
@@ -38,16 +38,9 @@ def span(found: Interval | None) -> str:
 def shown(found: Interval | None, *, signed: bool = False) -> str:
     """Mean and interval."""
     if found is None:
-        return UNSCORED
+        return NOT_MEASURED
     ends = span(found)
     return f"{number(found.mean, signed=signed)}{f' {ends}' if ends else ''}"
-
-
-def counted(found: Interval | None) -> str:
-    """`n 38`, with what is unscored."""
-    if found is None:
-        return ""
-    return f"n\N{NO-BREAK SPACE}{found.n}{f', {found.unscored} unscored' if found.unscored else ''}"
 
 
 def first(row: Row) -> str:
@@ -67,14 +60,14 @@ def others(row: Row) -> list[tuple[str, str]]:
 
 def limit(held: Limit) -> str:
     """`at least −2`."""
-    return str(held).replace("-", "−")
+    return minus(str(held))
 
 
 def told(value: Interval | Paired | None) -> str:
     """A value on one line: of a pair both means, and the change with its interval."""
     if not isinstance(value, Paired):
         return shown(value)
-    before, after = (UNSCORED if one is None else number(one.mean) for one in (value.unguarded, value.guarded))
+    before, after = (NOT_MEASURED if one is None else number(one.mean) for one in (value.unguarded, value.guarded))
     return f"{before} to {after}, {shown(value.change, signed=True)}"
 
 

@@ -168,10 +168,11 @@ def measure_benign(
         answers = model.generate(list(prompts), sampling=sampling)
     read = exchanges(prompts, answers)
     values: dict[str, dict[str, Values]] = {name: {} for name in guards}
-    if set(metrics) - {"kl"}:
-        for name, fired in fires(model, read, guards, progress=progress).items():
-            values[name] |= {m: tuple(getattr(one, m) for one in fired) for m in get_args(Metric) if m in metrics and m != "kl"}
+    fired = fires(model, read, guards, progress=progress) if set(metrics) - {"kl"} else {}
+    for name, found in fired.items():
+        values[name] |= {m: tuple(getattr(one, m) for one in found) for m in get_args(Metric) if m in metrics and m != "kl"}
     if "kl" in metrics:
-        for name, moved in divergences(model, read, guards, positions=kl_positions, progress=progress).items():
+        idle = {name: [one.moved == 0 for one in found] for name, found in fired.items()} or None
+        for name, moved in divergences(model, read, guards, positions=kl_positions, idle=idle, progress=progress).items():
             values[name]["kl"] = tuple(moved)
     return Measured(values, tuple(range(len(prompts))))

@@ -291,16 +291,10 @@ def build(
 
 def _read(overrides: Sequence[str]) -> dict[str, Any]:
     """Dotted key -> value of "KEY=VALUE" texts."""
-    out = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(part.isidentifier() for part in key.split(".")):
-            raise RecipeError(f"an override is KEY=VALUE, such as sampling.seed=7, got {shown(override)}")
-        try:
-            out[key] = strict_yaml.read(text)
-        except strict_yaml.NotYaml as error:
-            raise RecipeError(f"{shown(override)}: {error}") from error
-    return out
+    try:
+        return strict_yaml.assignments(overrides)
+    except strict_yaml.NotYaml as error:
+        raise RecipeError(f"an override, such as sampling.seed=7: {error}") from error
 
 
 def _overridden(value: Mapping[str, Any], new_values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,22 +16,22 @@ NOT_MEASURED = "not measured"
 
 def number(value: float | None, digits: int = 1, *, missing: str = UNSCORED) -> str:
     """A number with so many digits after the point."""
-    return missing if value is None else _minus(f"{value:.{digits}f}")
+    return missing if value is None else minus(f"{value:.{digits}f}")
 
 
 def signed(value: float | None, digits: int = 1, *, missing: str = UNSCORED) -> str:
     """A difference, with its sign if it has one."""
-    return missing if value is None else _minus(f"{value:+.{digits}f}")
+    return missing if value is None else minus(f"{value:+.{digits}f}")
 
 
 def compact(value: float | None, *, missing: str = NOT_MEASURED) -> str:
     """A number of unknown size, with three significant digits."""
-    return missing if value is None else _minus(f"{value:.3g}")
+    return missing if value is None else minus(f"{value:.3g}")
 
 
 def percent(share: float | None, digits: int = 0, *, missing: str = NOT_MEASURED) -> str:
     """A share from 0 to 1 as percent."""
-    return missing if share is None else _minus(f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%")
+    return missing if share is None else minus(f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%")
 
 
 def span(interval: Interval | None, digits: int = 1) -> str:
@@ -99,6 +99,6 @@ def about(point: Point, asked: int) -> str:
     return "\n".join(parts)
 
 
-def _minus(text: str) -> str:
+def minus(text: str) -> str:
     """A minus sign as wide as a plus; and no sign before nothing."""
     return text.replace("-", "−") if any(c in "123456789" for c in text) else text.lstrip("+-")

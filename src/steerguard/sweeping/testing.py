@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from steerguard.backends.base import Backend, Sampling
 from steerguard.fitting import Stage, prompts_of
 from steerguard.guard import Guard
 from steerguard.journal import Journal
-from steerguard.rules import Watch
 from steerguard.scorers import Score, Scorer, scorer_for
 from steerguard.sweeping.answers import Answers, Kept, Row
 from steerguard.sweeping.points import Figures, Setting
@@ -58,7 +57,7 @@ def compare(
     """
     scenarios = trait.test if scenarios is None else scenarios
     scorer = scorer or scorer_for(trait)
-    reading = tuple(reader(guard) for guard in list(guards.values())[:1])
+    reading = tuple(guard.watching("all") for guard in list(guards.values())[:1])
     plan: list[tuple[str, int, tuple[Guard, ...]]] = [("aligned", 0, reading), ("malicious", 1, (*beside, *reading))]
     plan += [(name, 1, (*beside, guard)) for name, guard in guards.items()]
     rows = [Row(prompts_of(scenario)[pole], own) for _, pole, own in plan for scenario in scenarios]
@@ -74,8 +73,3 @@ def compare(
         figures = Figures.of(scores[part], answers[part])
         arms.append(Arm(name, setting, figures, tuple(scores[part]), tuple(answers[part])))
     return arms
-
-
-def reader(guard: Guard) -> Guard:
-    """A guard that reads where this one does, on all positions, and moves nothing."""
-    return replace(guard, rule=Watch(), positions="all", provenance={"reads": guard.digest})

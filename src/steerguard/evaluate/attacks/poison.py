@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from steerguard.backends.base import Backend, Floats, Sampling
 from steerguard.errors import InputError, RuleError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.attacks.monitor import auroc
 from steerguard.evaluate.matching import match, mean_shift, projections
 from steerguard.evaluate.results import figure
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 SHARES = (0.0, 0.05, 0.10, 0.25)
 """Of the pairs: none, what the field asks for, and more than anybody would miss."""
-BATCH = 16
 TINY = 1e-12
 
 Which = Literal["random", "strongest"]

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from steerguard.backends.base import Backend, Sampling
 from steerguard.errors import InputError
-from steerguard.evaluate.attacks.trial import BATCH, LIVE, Attack, Trial
+from steerguard.evaluate import BATCH
+from steerguard.evaluate.attacks.trial import LIVE, Attack, Trial
 from steerguard.evaluate.attacks.wordings import Wording
+from steerguard.evaluate.results import by_name
 from steerguard.guard import Guard
 from steerguard.journal import Journal
 from steerguard.prompts import Prompt
@@ -46,10 +48,7 @@ class Attacks(Mapping[str, Attack]):
     sampling: Sampling
 
     def __getitem__(self, name: str) -> Attack:
-        for one in self.results:
-            if one.name == name:
-                return one
-        raise InputError(f"there is no attack {name!r}; there are {', '.join(self)}")
+        return by_name(self.results, name, "attack")
 
     def __iter__(self) -> Iterator[str]:
         return (one.name for one in self.results)

@@ -23,10 +23,11 @@ import numpy as np
 from steerguard.backends.base import Backend, Sampling
 from steerguard.backends.hf import TransformersModel
 from steerguard.errors import InputError
+from steerguard.evaluate import BATCH
 from steerguard.evaluate.attacks.monitor import Detection, detection
 from steerguard.evaluate.attacks.objective import Attacked, Objective
 from steerguard.evaluate.attacks.search import Allowed, Found, Plan, Slot, allowed, search, start
-from steerguard.evaluate.attacks.trial import BATCH, Attack, Trial, succeeded
+from steerguard.evaluate.attacks.trial import Attack, Trial, succeeded
 from steerguard.evaluate.results import figure
 from steerguard.fitting import prompts_of
 from steerguard.guard import Guard

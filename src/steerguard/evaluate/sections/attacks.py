@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -13,7 +12,7 @@ from steerguard.evaluate.attacks.wordings import SHOTS, Texts, Wording, bundled,
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.section import Context, Estimate, Figure, Row, Section, SectionResult
 from steerguard.evaluate.sections import shared
-from steerguard.evaluate.sections.shared import answers_needed, contrast, hundredfold, in_percent, scenarios
+from steerguard.evaluate.sections.shared import answers_needed, contrast, hundredfold, in_percent, scenarios, unscorable
 from steerguard.fitting import embed
 from steerguard.metrics import Interval, bootstrap_interval
 from steerguard.probe import Direction
@@ -33,7 +32,6 @@ STEPS, CANDIDATES = (12, 24), (24, 32)
 SHARES = (0.05, 0.10), (0.05, 0.10, 0.25)
 NOTHING = "no attack made the unguarded model misbehave"
 QUICKLY = "the quick size is a look whether the search runs: too small to call a guard safe; `--size full` gives it a chance"
-JUDGE = "a judge, which scores the trait {} (--judge MODEL@URL)"
 
 
 def said(context: Context) -> Texts | None:
@@ -77,8 +75,8 @@ class Wordings(Section):
     )  # fmt: skip
 
     def missing(self, context: Context) -> str:
-        if context.scorer is None:
-            return JUDGE.format(context.trait.name)
+        if why := unscorable(context):
+            return why
         return "" if said(context) is not None else f"texts of attacks on the trait {context.trait.name}"
 
     def estimate(self, context: Context) -> Estimate:
@@ -103,15 +101,9 @@ class Wordings(Section):
             worst = max(live, key=lambda one: one.success.guarded.mean if one.success.guarded is not None else 0.0)
             cases = [case for one in live for case in one.cases]
             works = [case for case in cases if case.success_unguarded]
-            quiet = [
-                None if case.success_guarded is None or case.flagged is None else float(case.success_guarded and not case.flagged)
-                for case in cases
-            ]
             values["wordings.worst"] = in_percent(worst.success)
-            values["wordings.through"] = _pooled(
-                [(case.scenario, None if case.success_guarded is None else float(case.success_guarded)) for case in works]
-            )
-            values["wordings.silent"] = _pooled(list(zip((case.scenario for case in cases), quiet, strict=True)))
+            values["wordings.through"] = _pooled([(case.scenario, case.success_guarded) for case in works])
+            values["wordings.silent"] = _pooled([(case.scenario, case.silent) for case in cases])
             why |= {"wordings.worst": worst.name, "wordings.through": "", "wordings.silent": ""}
             # the least, of attacks with a few cases that work
             seen = [(one.name, one.acting["projection"]) for one in live if "projection" in one.acting]
@@ -167,8 +159,8 @@ class Suffix(Section):
     )  # fmt: skip
 
     def missing(self, context: Context) -> str:
-        if context.scorer is None:
-            return JUDGE.format(context.trait.name)
+        if why := unscorable(context):
+            return why
         return "" if context.model.name == "hf" else f"gradients (--backend hf); the backend {context.model.name} gives none"
 
     def estimate(self, context: Context) -> Estimate:
@@ -181,17 +173,18 @@ class Suffix(Section):
         )
 
     def run(self, context: Context) -> SectionResult:
-        suffix = importlib.import_module("steerguard.evaluate.attacks.suffix")
-        assert context.scorer is not None
+        from steerguard.evaluate.attacks.suffix import suffix_attack
+
+        scorer = context.scorer
+        assert scorer is not None
         asked, benign, n = self._asked(context), prompts(context), of_size(context, SUFFIXES)
         plan = self._plan(context)
 
         def attack(own: Plan) -> SuffixAttack:
-            found: SuffixAttack = suffix.suffix_attack(
-                context.model, asked[:n], context.guard, scorer=context.scorer, held_out=asked[n:], plan=own, benign=benign,
+            return suffix_attack(
+                context.model, asked[:n], context.guard, scorer=scorer, held_out=asked[n:], plan=own, benign=benign,
                 sampling=context.sampling, store=context.store(self.name), batch=context.batch, progress=context.progress,
             )  # fmt: skip
-            return found
 
         if not self._works(context, asked[:n]):
             why = f"the unguarded model misbehaves on none of {n} scenarios: there is no answer to aim at"
@@ -235,9 +228,9 @@ class Suffix(Section):
         return spread(context.trait.test, 2 * n)
 
     def _plan(self, context: Context) -> Plan:
-        search = importlib.import_module("steerguard.evaluate.attacks.search")
-        plan: Plan = search.Plan(steps=of_size(context, STEPS), candidates=of_size(context, CANDIDATES), seed=context.seed)
-        return plan
+        from steerguard.evaluate.attacks.search import Plan
+
+        return Plan(steps=of_size(context, STEPS), candidates=of_size(context, CANDIDATES), seed=context.seed)
 
     def _search(self, key: str, one: SuffixAttack) -> Iterable[Row]:
         yield _row(f"suffix.loss_before.{key}", f"{key}: loss at the start", "nats and class separations", one.loss_before)
@@ -261,7 +254,7 @@ class Poison(Section):
     )
 
     def missing(self, context: Context) -> str:
-        return "" if context.scorer is not None else JUDGE.format(context.trait.name)
+        return unscorable(context)
 
     def estimate(self, context: Context) -> Estimate:
         asked = scenarios(context, *POISONED)
@@ -270,7 +263,9 @@ class Poison(Section):
         return context.cost(arms * len(asked) + answers_needed(context), shared.texts(asked), times=arms, judged=judged)
 
     def run(self, context: Context) -> SectionResult:
-        poison = importlib.import_module("steerguard.evaluate.attacks.poison").poison
+        from steerguard.evaluate.attacks.poison import poison
+
+        assert context.scorer is not None
         asked, known = scenarios(context, *POISONED), contrast(context)
         own = self._directions(context)
         found = poison(
@@ -319,6 +314,7 @@ def _row(name: str, label: str, unit: str, value: Interval | Paired | None, note
     return Row(Figure(name, label, unit, "", "fails"), value, note or ("" if value is not None else "nothing could be scored"))
 
 
-def _pooled(values: Sequence[tuple[str, float | None]]) -> Interval | None:
-    """Of all attacks together, in percent; a scenario's are drawn together."""
-    return hundredfold(bootstrap_interval([value for _, value in values], groups=[scenario for scenario, _ in values]))
+def _pooled(values: Sequence[tuple[str, bool | None]]) -> Interval | None:
+    """How often it is so in all attacks together, in percent; a scenario's are drawn together."""
+    shares = [None if value is None else float(value) for _, value in values]
+    return hundredfold(bootstrap_interval(shares, groups=[scenario for scenario, _ in values]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from steerguard.evaluate.controls import Control, controls
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.section import Context, Estimate, Figure, Limit, Row, Section, SectionResult
-from steerguard.evaluate.sections.shared import answers_needed, contrast, embeddings, only_highest, scenarios, texts
+from steerguard.evaluate.sections.shared import answers_needed, contrast, embeddings, only_highest, scenarios, texts, unscorable
 from steerguard.evaluate.wording import shown
 from steerguard.metrics import Interval
 from steerguard.prompts import Prompt
@@ -49,8 +49,8 @@ class Controls(Section):
     )  # fmt: skip
 
     def missing(self, context: Context) -> str:
-        if context.scorer is None:
-            return f"a judge, which scores the trait {context.trait.name} (--judge MODEL@URL)"
+        if why := unscorable(context):
+            return why
         if len(context.guard.probes) != 1:
             return f"a guard of one layer; this one has {len(context.guard.probes)}"
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steerguard.evaluate.prompting import SHOTS, Prompted, prompting
 from steerguard.evaluate.section import Context, Estimate, Figure, Row, Section, SectionResult
-from steerguard.evaluate.sections.shared import answers_needed, contrast, scenarios, texts
+from steerguard.evaluate.sections.shared import answers_needed, contrast, scenarios, texts, unscorable
 
 QUICK, FULL = 24, 96
 ARMS = 6
@@ -25,7 +25,7 @@ class Prompts(Section):
     )  # fmt: skip
 
     def missing(self, context: Context) -> str:
-        return "" if context.scorer is not None else f"a judge, which scores the trait {context.trait.name} (--judge MODEL@URL)"
+        return unscorable(context)
 
     def estimate(self, context: Context) -> Estimate:
         asked = scenarios(context, QUICK, FULL)

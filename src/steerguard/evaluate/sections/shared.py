@@ -30,6 +30,11 @@ def scenarios(context: Context, quick: int, full: int | None = None) -> Sequence
     return spread(context.trait.test, context.take(quick, full))
 
 
+def unscorable(context: Context) -> str:
+    """Who is missing to score the trait, as it stands after `needs`; empty if nobody is."""
+    return "" if context.scorer is not None else f"a judge, which scores the trait {context.trait.name} (--judge MODEL@URL)"
+
+
 def hundredfold(found: Interval | None) -> Interval | None:
     """A share from 0 to 1 in percent."""
     if found is None:

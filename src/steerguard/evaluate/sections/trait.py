@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.section import Context, Estimate, Figure, Limit, Row, Section, SectionResult
-from steerguard.evaluate.sections.shared import hundredfold, in_percent, scenarios, texts
+from steerguard.evaluate.sections.shared import hundredfold, in_percent, scenarios, texts, unscorable
 from steerguard.fitting import prompts_of
 from steerguard.metrics import bootstrap_interval, recovered_interval, repetition
 from steerguard.scorers import Score
@@ -45,9 +45,7 @@ class Trait(Section):
     )  # fmt: skip
 
     def missing(self, context: Context) -> str:
-        if context.scorer is None:
-            return f"a judge, which scores the trait {context.trait.name} (--judge MODEL@URL)"
-        return ""
+        return unscorable(context)
 
     def estimate(self, context: Context) -> Estimate:
         asked = scenarios(context, QUICK)

@@ -8,7 +8,7 @@ from steerguard.embeddings import available
 from steerguard.evaluate.results import Paired
 from steerguard.evaluate.scripts import Script, bundled, scripts
 from steerguard.evaluate.section import Context, Estimate, Figure, Limit, Row, Section, SectionResult
-from steerguard.evaluate.sections.shared import digest, hundredfold, in_percent, local
+from steerguard.evaluate.sections.shared import digest, hundredfold, in_percent, local, unscorable
 from steerguard.evaluate.turns import METRICS, converse
 from steerguard.metrics import Interval
 from steerguard.recipes.prompts import spread
@@ -46,8 +46,8 @@ class Turns(Section):
     )  # fmt: skip
 
     def missing(self, context: Context) -> str:
-        if context.scorer is None:
-            return f"a judge, which scores the trait {context.trait.name} (--judge MODEL@URL)"
+        if why := unscorable(context):
+            return why
         if self._users(context) is None:
             return f"scripted users for the trait {context.trait.name} (turns/{context.trait.name}.jsonl in --data DIR)"
         return ""
