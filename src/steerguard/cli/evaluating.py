@@ -72,6 +72,7 @@ def evaluate(
 
     from steerguard.evaluate import card_page, gate, running, sections, setting
     from steerguard.evaluate.terminal import show_card, show_estimates, show_figures
+    from steerguard.guard import Guard
     from steerguard.report.terminal import note
 
     if figures:
@@ -89,6 +90,7 @@ def evaluate(
         trait=trait, benign=benign, judges=tuple(judge), judge_key_env=judge_key_env, max_calls=max_calls, data=data, fit=fit,
         size=setting.size_of(wanted, size), max_new_tokens=max_new_tokens, seed=seed, batch=batch,
     )  # fmt: skip
+    setting.check(Guard.load(guard), asked)
     options = {"dtype": dtype, "device_map": device_map, "quantization": quantization, **engine_options(engine)}
     loaded_guard, loaded = open_both(guard, model, allow_mismatch, backend, **options)
     context = setting.context(loaded, loaded_guard, asked, folder=None if dry_run else folder)

@@ -54,6 +54,15 @@ def size_of(suites: Sequence[str], size: str | None) -> Size:
     return "full" if size == "full" else "quick"
 
 
+def check(guard: Guard, asked: Asked) -> None:
+    """Refuse what can be refused before a model is loaded, which may take minutes. Raises as `context`."""
+    for what, path in (("--data", asked.data), ("--fit", asked.fit)):
+        if path is not None and not path.is_dir():
+            raise InputError(f"{what} must be a folder, and there is none at {path}")
+    _benign(find_trait(asked.trait or _trait_of(guard)), asked.benign)
+    _judges(asked)
+
+
 def context(model: Backend, guard: Guard, asked: Asked, *, folder: Path | None) -> Context:
     """What every section is given.
 
@@ -61,17 +70,18 @@ def context(model: Backend, guard: Guard, asked: Asked, *, folder: Path | None) 
         InputError: a folder that is not there, or a guard that does not say its trait.
         TraitError, JudgeError: what they say.
     """
-    for what, path in (("--data", asked.data), ("--fit", asked.fit)):
-        if path is not None and not path.is_dir():
-            raise InputError(f"{what} must be a folder, and there is none at {path}")
-    trait = find_trait(asked.trait or _trait_of(guard))
-    judges = tuple(judge_from(name, key_env=asked.judge_key_env) for name in asked.judges)
+    check(guard, asked)
+    trait, judges = find_trait(asked.trait or _trait_of(guard)), _judges(asked)
     budget = Budget(SpendLimit(calls=asked.max_calls))
     return Context(
         model=model, guard=guard, trait=trait, scorer=_scorer(trait, judges, budget, folder), benign=_benign(trait, asked.benign),
         sampling=_sampling(guard, asked), seed=42 if asked.seed is None else asked.seed, size=asked.size, folder=folder,
         data=asked.data, fit=asked.fit, judge=judges[0] if judges else None, budget=budget, batch=asked.batch,
     )  # fmt: skip
+
+
+def _judges(asked: Asked) -> tuple[JudgeConfig, ...]:
+    return tuple(judge_from(name, key_env=asked.judge_key_env) for name in asked.judges)
 
 
 def _trait_of(guard: Guard) -> str:

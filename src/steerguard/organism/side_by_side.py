@@ -1,15 +1,17 @@
 """Lines of work in processes of their own: on a model this small, n lines on one thread each are faster than one on n.
 
 It knows processes and progress. What a line does is its own: a function of a module, with arguments and a result that can
-be pickled, which tells its progress with `tell` and ends at its next word once the others have failed or Ctrl-C was pressed.
+be pickled, which tells its progress with `tell`. If another line fails or Ctrl-C is pressed it ends at once, wherever it is: what
+it keeps must be kept as journals and atomic files are.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
@@ -30,6 +32,7 @@ class _Parent:
 
     words: SimpleQueue[Word | None]
     stop: Event
+    "set when nobody waits for the lines any more"
 
 
 _PARENT: _Parent | None = None
@@ -59,23 +62,23 @@ def workers(n: int, progress: Stage | None) -> Iterator[Workers]:
     pool = ProcessPoolExecutor(n, mp_context=context, initializer=_begin, initargs=(_Parent(words, stop), threads))
     try:
         yield Workers(pool)
-    finally:
+    except BaseException:
         stop.set()
         pool.shutdown(cancel_futures=True)
-        words.put(None)
-        ear.join()
+        raise  # the ear is left to itself: whoever ended in the middle of a word still holds the queue
+    pool.shutdown()
+    words.put(None)
+    ear.join()
 
 
 def tell(what: str, done: int, total: int, rate: float = 0.0, /) -> None:
-    """Tell the parent how far a line is. Raises CancelledError if it is to end."""
+    """Tell the parent how far a line is."""
     assert _PARENT is not None, "tell is called in a line of `workers`"
-    if _PARENT.stop.is_set():
-        raise CancelledError
     _PARENT.words.put((what, done, total, rate))
 
 
 def _begin(parent: _Parent, threads: int) -> None:
-    """What each process does first. Ctrl-C is the parent's to hear: it tells the others to stop."""
+    """What each process does first. Ctrl-C is the parent's to hear: it tells the others to end."""
     global _PARENT
     import torch
     from transformers.utils import logging
@@ -84,6 +87,12 @@ def _begin(parent: _Parent, threads: int) -> None:
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     _PARENT = parent
+    Thread(target=_end_with, args=(parent.stop,), daemon=True).start()
+
+
+def _end_with(stop: Event) -> None:
+    stop.wait()
+    os._exit(1)
 
 
 def _listen(words: Any, progress: Stage | None) -> None:
