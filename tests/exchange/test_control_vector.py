@@ -65,7 +65,7 @@ def test_what_is_written_is_read_again_as_directions(tmp_path: Path) -> None:
         np.testing.assert_allclose(back[probe.layer], -probe.v, atol=1e-6)  # a negative strength is the other direction
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "SwFC"])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("SwFC", "Watch")])
 def test_a_rule_that_looks_at_the_projection_is_refused(name: str, tmp_path: Path) -> None:
     cls = RULES[name]
     gated = guard(rule(name, 1.5 if cls.grid else None), 2)
@@ -80,6 +80,7 @@ def test_a_rule_that_looks_at_the_projection_is_refused(name: str, tmp_path: Pat
         (guard(sg.SwFC(1), 2, positions="response"), "positions 'response' only"),
         (guard(sg.SwFC(1), 0, 2), "layer 0, and llama.cpp has no control vector"),
         (guard(sg.SwFC(0), 2), "moves nothing on layer 2"),
+        (guard(sg.Watch(), 2), "Watch moves nothing on layer 2; .* a guard whose rule is SwFC, at a strength but 0"),
     ],
 )
 def test_what_a_control_vector_cannot_do_is_refused(refused: sg.Guard, match: str, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The study on the bundled model: `python -m steerguard.evaluate.study FOLDER --out docs/study`.
 
-It makes the demo's guards in FOLDER if they are not there, evaluates each with the full suite, asks two questions that no
+It makes the demo's guards in FOLDER if they are not there, evaluates each (`SUITES`, in full), asks two questions that no
 single guard answers, and writes the figures (`figures.json`) and pictures that docs/study.md is about:
 
 * positions: the same rule, layer and strength on prompt and answer (`all`) and on the answer alone (`response`)
@@ -42,12 +42,13 @@ NEIGHBOURS = 24
 """Test scenarios that each neighbour answers."""
 BATCH = 96
 WHERE: tuple[Positions, ...] = ("all", "response")
+SUITES = ("trait", "benign", "capability", "turns", "controls", "prompts")
 COHERENT = 0.9
 """Share of the aligned coherence that an answer must keep; the paper's."""
 
 
-def run(folder: Path, out: Path, suites: Sequence[str] = ("full",)) -> dict[str, Any]:
-    """The whole study; returns its figures as JSON values, which are written too."""
+def run(folder: Path, out: Path, suites: Sequence[str] = SUITES) -> dict[str, Any]:
+    """The whole study, at full size; returns its figures as JSON values, which are written too."""
     if not (folder / "honesty" / "probes.safetensors").exists():
         log.info("making the demo's guards in %s", folder)
         demo.run(folder)
@@ -74,7 +75,7 @@ def run(folder: Path, out: Path, suites: Sequence[str] = ("full",)) -> dict[str,
 def evaluated(model: Backend, guard: Guard, folder: Path, name: str, suites: Sequence[str]) -> Card:
     """The card of one guard, kept in a folder of its own."""
     own = folder / f"{name}-{guard.rule.name}.evaluation"
-    asked = setting.Asked(fit=folder / name, size=setting.size_of(suites, None), batch=BATCH)
+    asked = setting.Asked(fit=folder / name, size="full", batch=BATCH)
     context = setting.context(model, guard, asked, folder=own)
     log.info("evaluating %s", guard)
     card = running.evaluate(replace(context, progress=_told), suite(suites), suites=suites)
@@ -163,10 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m steerguard.evaluate.study", description=__doc__)
     parser.add_argument("folder", type=Path, help="what `steerguard demo -o` wrote, or a new folder")
     parser.add_argument("--out", type=Path, required=True, help="where figures and pictures are written")
-    parser.add_argument("--suite", action="append", default=None, help="by default full")
+    parser.add_argument("--suite", action="append", default=None, help=f"instead of {', '.join(SUITES)}")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(given.folder, given.out, tuple(given.suite or ("full",)))
+    run(given.folder, given.out, tuple(given.suite or SUITES))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def control_vector(guard: Guard) -> dict[int, Floats]:
             )
         vectors[probe.layer] = gate.row()[3] * probe.v
         if not vectors[probe.layer].any():
-            raise InputError(f"{name}: {guard.rule} moves nothing on layer {probe.layer}; choose a strength that is not 0")
+            raise InputError(f"{name}: {guard.rule} moves nothing on layer {probe.layer}; {_WAY_OUT}, at a strength but 0")
     return vectors
 
 
