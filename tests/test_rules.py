@@ -23,6 +23,7 @@ from steerguard.rules import (
     StTP,
     SwFC,
     Target,
+    Watch,
     correct,
     rule,
 )  # fmt: skip
@@ -208,6 +209,7 @@ def test_what_a_gate_leaves_alone_stays_bit_for_bit() -> None:
         assert torch.equal(new.view(torch.int16), h.view(torch.int16))
         assert not delta.any()
     assert SHUT.shut
+    assert Watch().compile(STATS) == SHUT
     assert SwFC(0).compile(STATS).shut
     assert not StTP(0).compile(STATS).shut
 
