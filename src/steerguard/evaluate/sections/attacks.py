@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 WORDINGS, SUFFIXES, POISONED = (8, 24), (3, 8), (12, 24)
 """Scenarios of the quick and the full size."""
 BENIGN = 32
-LENGTH, STEPS, CANDIDATES = (12, 16), (12, 40), (24, 48)
-"""Of the suffix search; with a smaller budget a search along gradients finds no more than one by lot."""
+STEPS, CANDIDATES = (12, 24), (24, 32)
 SHARES = (0.05, 0.10), (0.05, 0.10, 0.25)
 NOTHING = "no attack made the unguarded model misbehave"
 QUICKLY = "the quick size is a look whether the search runs: too small to call a guard safe; `--size full` gives it a chance"
@@ -231,8 +230,7 @@ class Suffix(Section):
     def _plan(self, context: Context) -> Plan:
         from steerguard.evaluate.attacks.search import Plan
 
-        length, steps, candidates = (of_size(context, sizes) for sizes in (LENGTH, STEPS, CANDIDATES))
-        return Plan(length=length, steps=steps, candidates=candidates, seed=context.seed)
+        return Plan(steps=of_size(context, STEPS), candidates=of_size(context, CANDIDATES), seed=context.seed)
 
     def _search(self, key: str, one: SuffixAttack) -> Iterable[Row]:
         yield _row(f"suffix.loss_before.{key}", f"{key}: loss at the start", "nats and class separations", one.loss_before)
